@@ -6,16 +6,17 @@
 __all__ = ['NUCLEI', 'CELL_LOOKS', 'DRAWN_CLASS_NAMES', 'JUNK_PICTURES', 'HOMEWORK_COUNTS', 'CellLook', 'draw_cell', 'DrawnCells',
            'draw_cells']
 
-# %% ../nbs/00_drawn.ipynb #2dc39818
+# %% ../nbs/00_drawn.ipynb #d20948ce
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import hypot
 
-# %% ../nbs/00_drawn.ipynb #78047003
+# %% ../nbs/00_drawn.ipynb #27ad2730
 import cv2
 import numpy as np
 
-# %% ../nbs/00_drawn.ipynb #4cdca6cf
+# %% ../nbs/00_drawn.ipynb #91530e2e
 @lru_cache(maxsize=8)
 def _pixel_grid(size: int) -> tuple[np.ndarray, np.ndarray]:
     "Pixel centres x and y, float32 (size, size), from -0.5 to 0.5 of the picture's side."
@@ -44,11 +45,16 @@ def _edge(depth: np.ndarray, softness: float = 0.016) -> np.ndarray:
     return np.clip(depth / np.float32(softness) + np.float32(0.5), 0, 1)
 
 
-def _paint(image: np.ndarray, colour: np.ndarray, cover: np.ndarray) -> None:
-    "Lay `colour` (3,) or (size, size, 3) over `image`, in place, where `cover` is above 0."
-    image += cover[..., None] * (colour - image)
+def _rgb(red: float, green: float, blue: float) -> np.ndarray:
+    "A colour to paint with, float32 (3, 1, 1)."
+    return np.array([red, green, blue], np.float32).reshape(3, 1, 1)
 
-# %% ../nbs/00_drawn.ipynb #61fc6c0c
+
+def _paint(planes: np.ndarray, colour: np.ndarray, cover: np.ndarray) -> None:
+    "Lay a colour, (3, 1, 1) or (3, size, size), over the planes, in place, as far as `cover` says."
+    planes += cover * (colour - planes)
+
+# %% ../nbs/00_drawn.ipynb #c3e9433b
 def _disc_depth(size: int, discs: np.ndarray) -> np.ndarray:
     "Depth inside a union of discs, rows of (x, y, radius) in fractions of the side."
     x, y = _pixel_grid(size)
@@ -70,7 +76,7 @@ def _outline_depth(rng, size: int, centre, radius: float, roughness: float, stre
     bumps = _smooth_noise(rng, size, max(3, round(1.3 / radius)))
     return depth + np.float32(roughness * radius) * bumps
 
-# %% ../nbs/00_drawn.ipynb #15ee580e
+# %% ../nbs/00_drawn.ipynb #30138c70
 def _chain(rng, span: float, bend: float, thickness: float, lobes: int = 1, waist: float = 1.0) -> np.ndarray:
     "Discs (k, 3) along an arc of `span` radians and radius `bend`; lobes are joined by waists that thin."
     count = max(7, 5 * lobes - 4)
@@ -109,7 +115,7 @@ def _folded_nucleus(rng, share: float) -> np.ndarray:
     discs = np.vstack([discs, [0, 0, 0.4 * share]])  # holds the folds together
     return _turned(discs, rng.uniform(0, 2 * np.pi))
 
-# %% ../nbs/00_drawn.ipynb #97804197
+# %% ../nbs/00_drawn.ipynb #8dfc1662
 # Each takes a generator and the nucleus's share of the cell's radius, and gives discs (k, 3).
 NUCLEI: dict[str, Callable[[np.random.Generator, float], np.ndarray]] = {
     'round': _round_nucleus,
@@ -120,10 +126,10 @@ NUCLEI: dict[str, Callable[[np.random.Generator, float], np.ndarray]] = {
     'two lobes': lambda rng, share: _chain(rng, rng.uniform(2.0, 3.0), 0.68 * share, 0.56 * share, 2, 0.35),
     'three lobes': lambda rng, share: _chain(rng, rng.uniform(3.4, 4.8), 0.74 * share, 0.44 * share, 3, 0.25),
     'four lobes': lambda rng, share: _chain(rng, rng.uniform(4.2, 5.4), 0.76 * share, 0.36 * share, 4, 0.30),
-    'twins': lambda rng, share: _chain(rng, 2.6, 0.8 * share, 0.85 * share, 2, 0.45),
+    'twins': lambda rng, share: _chain(rng, 2.6, 0.6 * share, 0.6 * share, 2, 0.45),
 }
 
-# %% ../nbs/00_drawn.ipynb #3514aca0
+# %% ../nbs/00_drawn.ipynb #84580897
 @dataclass(frozen=True)
 class CellLook:
     """How one class of cell looks.
@@ -147,42 +153,41 @@ class CellLook:
     fuzz: float = 0.0
     vacuoles: float = 0.0
 
-# %% ../nbs/00_drawn.ipynb #05df0cd9
+# %% ../nbs/00_drawn.ipynb #93e43844
 CELL_LOOKS: dict[str, CellLook] = {
     'basophil': CellLook(
         (0.26, 0.37), 0.05, (168, 116, 160), ('dented', 'folded', 'two lobes'), (0.62, 0.8),
-        granules=(70, 28, 128), granule_cover=(0.5, 0.8), granule_grains=52, granules_over_nucleus=0.7, fuzz=0.02),
+        granules=(70, 28, 128), granule_cover=(0.5, 0.8), granule_grains=50, granules_over_nucleus=0.7, fuzz=0.02),
     'eosinophil': CellLook(
         (0.30, 0.37), 0.04, (196, 146, 168), ('two lobes', 'two lobes', 'three lobes'), (0.72, 0.84),
-        granules=(180, 100, 138), granule_cover=(0.5, 0.85), granule_grains=62,
+        granules=(182, 100, 132), granule_cover=(0.5, 0.85), granule_grains=62,
         chromatin=((70, 26, 132), (124, 72, 154)), chromatin_light=0.5),
     'erythroblast': CellLook(
         (0.18, 0.29), 0.06, (146, 120, 166), ('round',) * 7 + ('twins', 'folded'), (0.58, 0.76),
         chromatin=((60, 24, 120), (112, 70, 150)), chromatin_light=0.25),
     'ig': CellLook(
         (0.30, 0.42), 0.07, (174, 138, 174), ('round', 'dented', 'dented', 'kidney'), (0.68, 0.88),
-        granules=(116, 62, 142), granule_cover=(0.1, 0.55), granule_grains=64, granules_over_nucleus=0.3,
+        granules=(126, 74, 148), granule_cover=(0.1, 0.55), granule_grains=64, granules_over_nucleus=0.3,
         chromatin=((72, 26, 130), (130, 74, 154)), chromatin_light=0.5),
     'lymphocyte': CellLook(
-        (0.20, 0.27), 0.04, (114, 88, 156), ('round', 'round', 'round', 'dented'), (0.86, 1.0),
-        chromatin=((68, 25, 126), (116, 62, 148)), chromatin_light=0.45, fuzz=0.04),
+        (0.20, 0.27), 0.05, (114, 88, 156), ('round', 'round', 'round', 'dented'), (0.86, 1.0),
+        chromatin=((68, 25, 126), (116, 62, 148)), chromatin_light=0.45, fuzz=0.025),
     'monocyte': CellLook(
         (0.33, 0.43), 0.12, (160, 134, 174), ('dented', 'kidney', 'folded', 'folded'), (0.7, 0.88),
-        granules=(124, 88, 152), granule_cover=(0.1, 0.45), granule_grains=62,
+        granules=(132, 98, 158), granule_cover=(0.1, 0.45), granule_grains=62,
         chromatin=((84, 28, 136), (138, 82, 160)), chromatin_light=0.5, vacuoles=6),
     'neutrophil': CellLook(
         (0.29, 0.38), 0.05, (206, 168, 180), ('band', 'band', 'two lobes', 'three lobes', 'three lobes', 'four lobes'),
-        (0.66, 0.82), granules=(160, 104, 156), granule_cover=(0.08, 0.35), granule_grains=66,
+        (0.66, 0.82), granules=(174, 120, 162), granule_cover=(0.1, 0.4), granule_grains=66,
         chromatin=((64, 23, 130), (120, 66, 152)), chromatin_light=0.4),
     'platelet': CellLook(
-        (0.08, 0.15), 0.05, (144, 98, 164), (), granules=(92, 38, 142), granule_cover=(0.3, 0.7),
-        granule_grains=66, fuzz=0.1),
+        (0.08, 0.16), 0.06, (150, 108, 168), (), granules=(100, 46, 144), granule_cover=(0.25, 0.65),
+        granule_grains=54, fuzz=0.06),
 }
 DRAWN_CLASS_NAMES: tuple[str, ...] = tuple(CELL_LOOKS)  # a class's place here is its label, 0 to 7
 
-# %% ../nbs/00_drawn.ipynb #0e52a720
-_BACKGROUND = np.array([255, 229, 203], np.float32)
-_RED_CELL = np.array([204, 168, 166], np.float32)
+# %% ../nbs/00_drawn.ipynb #54284c8a
+_BACKGROUND, _RED_CELL = _rgb(255, 229, 203), _rgb(204, 168, 166)
 
 
 def _red_cell_thickness(rng, size: int, places: np.ndarray) -> np.ndarray:
@@ -203,24 +208,24 @@ def _red_cell_places(rng, keep_clear: float) -> np.ndarray:
     "Rows (x, y, radius) about a cell of radius `keep_clear` in the middle; some lie half outside the picture."
     count, mean_radius = int(rng.integers(4, 18)), rng.uniform(0.13, 0.17)
     places: list[tuple[float, float, float]] = []
-    for x, y, spread in rng.uniform(-0.62, 0.62, (48, 3)):
+    for x, y, spread in rng.uniform(-0.62, 0.62, (48, 3)).tolist():
         radius = mean_radius * (1 + 0.15 * spread)
-        clear_of_cell = np.hypot(x, y) > keep_clear + 0.8 * radius
-        if clear_of_cell and all(np.hypot(x - u, y - v) > 0.85 * (radius + r) for u, v, r in places):
+        clear_of_cell = hypot(x, y) > keep_clear + 0.8 * radius
+        if clear_of_cell and all(hypot(x - u, y - v) > 0.85 * (radius + r) for u, v, r in places):
             places.append((x, y, radius))
     return np.array(places[:count]).reshape(-1, 3)
 
 
 def _draw_smear(rng, size: int, offset, keep_clear: float) -> np.ndarray:
-    "Cream background, unevenly lit, with red cells; float32 (size, size, 3)."
+    "Planes of a cream background, unevenly lit, with red cells."
     x, y = _pixel_grid(size)
     slope = rng.normal(0, 1.5, 2).astype(np.float32)
-    image = _BACKGROUND + (slope[0] * x + slope[1] * y + 0.7 * _smooth_noise(rng, size, 5))[..., None]
+    light = slope[0] * x + slope[1] * y + 0.7 * _smooth_noise(rng, size, 5)
     thickness = _red_cell_thickness(rng, size, _red_cell_places(rng, keep_clear) + [*offset, 0])
     # Absorbed light multiplies, so densities add: the law of Beer and Lambert.
-    return image * cv2.exp(thickness[..., None] * np.log(_RED_CELL / _BACKGROUND))
+    return (_BACKGROUND + light) * np.exp(thickness * np.log(_RED_CELL / _BACKGROUND))
 
-# %% ../nbs/00_drawn.ipynb #38788b84
+# %% ../nbs/00_drawn.ipynb #08c9630f
 def _speckle(rng, size: int, grains: int, cover: float) -> np.ndarray:
     "Grains that cover about the share `cover` of the picture, 0 to 1, float32 (size, size)."
     # The slow part gathers grains in some places and leaves others free.
@@ -231,56 +236,73 @@ def _speckle(rng, size: int, grains: int, cover: float) -> np.ndarray:
 
 
 def _jittered(rng, colour, sd: float) -> np.ndarray:
-    "A colour moved a little: together in brightness, and each channel on its own."
-    return (np.asarray(colour) + rng.normal(0, sd) + rng.normal(0, sd / 2, 3)).astype(np.float32)
+    "A colour (3, 1, 1), moved a little: together in brightness, and each channel on its own."
+    return _rgb(*(np.asarray(colour) + rng.normal(0, sd) + rng.normal(0, sd / 2, 3)))
 
 
-def _paint_nucleus(image: np.ndarray, rng, look: CellLook, depth: np.ndarray) -> None:
-    "Lay the nucleus over `image`, in place: chromatin in clumps, darker at the rim."
-    size = image.shape[0]
+def _paint_nucleus(planes: np.ndarray, rng, look: CellLook, depth: np.ndarray) -> None:
+    "Lay the nucleus over the planes, in place: chromatin in clumps, darker at the rim."
+    size = len(depth)
     dark, light = (_jittered(rng, colour, 5) for colour in look.chromatin)
     clumps = 0.8 * _smooth_noise(rng, size, 52) + 0.35 * _smooth_noise(rng, size, 18)
     lightness = np.clip(look.chromatin_light + 0.7 * clumps - 0.2, 0, 1.3) * np.clip(depth / 0.02, 0.1, 1)
-    _paint(image, dark + lightness[..., None] * (light - dark), _edge(depth))
+    _paint(planes, dark + lightness * (light - dark), _edge(depth))
 
 
-def _paint_vacuoles(image: np.ndarray, rng, look: CellLook, centre, radius: float, room: np.ndarray) -> None:
-    "Lay pale bubbles over `image`, in place, where `room` (cytoplasm) allows."
+def _paint_vacuoles(planes: np.ndarray, rng, look: CellLook, centre, radius: float, room: np.ndarray) -> None:
+    "Lay pale bubbles over the planes, in place, where `room` (cytoplasm) allows."
     count = rng.poisson(look.vacuoles * rng.choice([0.2, 1, 2]))
     angle, away = rng.uniform(0, 2 * np.pi, count), radius * rng.uniform(0.3, 0.95, count)
     bubbles = np.stack([away * np.cos(angle), away * np.sin(angle), rng.uniform(0.01, 0.036, count)], axis=1)
     if count:
-        depth = _disc_depth(image.shape[0], bubbles + [*centre, 0])
-        _paint(image, np.float32([226, 212, 214]), 0.85 * _edge(depth) * room)
+        depth = _disc_depth(len(room), bubbles + [*centre, 0])
+        _paint(planes, _rgb(226, 212, 214), 0.85 * _edge(depth) * room)
 
-# %% ../nbs/00_drawn.ipynb #205969d2
+# %% ../nbs/00_drawn.ipynb #25fadb5e
+def _pushed_inside(discs: np.ndarray) -> np.ndarray:
+    "The same discs (k, 3), those that reach over the unit circle pushed back within it."
+    away = np.hypot(discs[:, 0], discs[:, 1])
+    allowed = np.maximum(0, 0.97 - discs[:, 2]) / np.maximum(away, 1e-6)
+    return discs * np.column_stack([np.minimum(1, allowed)] * 2 + [np.ones(len(discs))])
+
+
 def _nucleus_depth(rng, size: int, look: CellLook, centre, radius: float, cell_depth: np.ndarray) -> np.ndarray:
     "Depth of a nucleus of one of the class's shapes, kept inside the cell."
     make_nucleus = NUCLEI[look.nuclei[rng.integers(len(look.nuclei))]]
-    discs = make_nucleus(rng, rng.uniform(*look.nucleus_share)) * radius + [*centre, 0]
-    wobble = np.float32(0.035 * radius) * _smooth_noise(rng, size, 9)
-    return np.minimum(_disc_depth(size, discs) + wobble, cell_depth - np.float32(0.008))
+    discs = _pushed_inside(make_nucleus(rng, rng.uniform(*look.nucleus_share))) * radius + [*centre, 0]
+    nucleus = _disc_depth(size, discs) + np.float32(0.035 * radius) * _smooth_noise(rng, size, 9)
+    cell = cell_depth - np.float32(0.008)
+    # The lesser of both, rounded off where they are about equal: a nucleus has no corners.
+    near = np.maximum(0, 1 - np.abs(nucleus - cell) / np.float32(0.05))
+    return np.minimum(nucleus, cell) - np.float32(0.0125) * near * near
+
+# %% ../nbs/00_drawn.ipynb #0d0928c8
+def _paint_cytoplasm(planes: np.ndarray, rng, look: CellLook, body: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    "Lay cytoplasm and granules over the planes, in place; the granules' colour and cover come back."
+    size = len(body)
+    _paint(planes, _jittered(rng, look.cytoplasm, 7) + 4 * _smooth_noise(rng, size, 16), body)
+    cover, colour = rng.uniform(*look.granule_cover), _jittered(rng, look.granules, 7)
+    granules = body * _speckle(rng, size, look.granule_grains, cover) if cover else 0 * body
+    _paint(planes, colour, granules)
+    planes += 7 * body * _smooth_noise(rng, size, 62)
+    return colour, granules
 
 
-def _paint_white_cell(image: np.ndarray, rng, look: CellLook, centre, radius: float) -> None:
-    "Lay one cell of the class over `image`, in place, about `centre`."
-    size = image.shape[0]
-    roughness = look.roughness * rng.uniform(0.4, 1.6)
-    depth = _outline_depth(rng, size, centre, radius, roughness, rng.uniform(1, 1.12))
+def _paint_white_cell(planes: np.ndarray, rng, look: CellLook, centre, radius: float) -> None:
+    "Lay one cell of the class over the planes, in place, about `centre`."
+    size = planes.shape[1]
+    roughness, stretch = look.roughness * rng.uniform(0.4, 1.6), rng.uniform(1, 1.12)
+    depth = _outline_depth(rng, size, centre, radius, roughness, stretch)
     depth += np.float32(look.fuzz * radius) * _smooth_noise(rng, size, 26)
     body = _edge(depth, 0.018 + 0.1 * look.fuzz * radius)
-    _paint(image, _jittered(rng, look.cytoplasm, 7) + 4 * _smooth_noise(rng, size, 16)[..., None], body)
-    granule_cover, colour = rng.uniform(*look.granule_cover), _jittered(rng, look.granules, 7)
-    granules = _speckle(rng, size, look.granule_grains, granule_cover) * body if granule_cover else 0 * body
-    nucleus = _nucleus_depth(rng, size, look, centre, radius, depth) if look.nuclei else depth - 9
-    _paint(image, colour, granules)
-    image += (7 * body * _smooth_noise(rng, size, 62))[..., None]
-    _paint_vacuoles(image, rng, look, centre, radius, body * (1 - _edge(nucleus)))
+    colour, granules = _paint_cytoplasm(planes, rng, look, body)
     if look.nuclei:
-        _paint_nucleus(image, rng, look, nucleus)
-        _paint(image, colour, granules * _edge(nucleus) * np.float32(look.granules_over_nucleus))
+        nucleus = _nucleus_depth(rng, size, look, centre, radius, depth)
+        _paint_vacuoles(planes, rng, look, centre, radius, body * (1 - _edge(nucleus)))
+        _paint_nucleus(planes, rng, look, nucleus)
+        _paint(planes, colour, granules * _edge(nucleus) * np.float32(look.granules_over_nucleus))
 
-# %% ../nbs/00_drawn.ipynb #2316cc34
+# %% ../nbs/00_drawn.ipynb #4b0be075
 @dataclass(frozen=True)
 class _Shift:
     "One picture's own changes at full strength; `draw` scales them by the shift asked for."
@@ -305,20 +327,15 @@ class _Shift:
             blur=on[4] * 0.022, noise=on[5] * 22, patch=np.array([*place, on[6] * 0.2]),
             patch_kind=int(rng.integers(3)))
 
-# %% ../nbs/00_drawn.ipynb #855a1957
-def _occlude(image: np.ndarray, rng, change: _Shift, offset) -> None:
+# %% ../nbs/00_drawn.ipynb #bee31668
+def _occlude(planes: np.ndarray, rng, change: _Shift, offset) -> None:
     "Hide a part of the cell, in place, under a dark or light patch or a red cell."
     x, y, radius = change.patch
     if radius <= 0:
         return
-    centre = (x + offset[0], y + offset[1])
-    if change.patch_kind == 2:
-        depth = _outline_depth(rng, image.shape[0], centre, radius, 0.06)
-        _paint(image, _RED_CELL, 0.9 * _edge(depth))
-    else:
-        colour = np.float32([[40, 30, 50], [250, 240, 230]][change.patch_kind])
-        depth = _outline_depth(rng, image.shape[0], centre, radius, 0.15)
-        _paint(image, colour, _edge(depth))
+    colour, roughness = ((_rgb(40, 30, 50), 0.15), (_rgb(250, 240, 230), 0.15), (_RED_CELL, 0.06))[change.patch_kind]
+    depth = _outline_depth(rng, planes.shape[1], (x + offset[0], y + offset[1]), radius, roughness)
+    _paint(planes, colour, _edge(depth))
 
 
 def _hue_matrix(degrees: float) -> np.ndarray:
@@ -335,13 +352,14 @@ def _exposure(rng, change: _Shift) -> np.ndarray:
         # A few of the real photos were taken with another white balance.
         light = light * [0.9, 0.98, 1.14]
     # Stain absorbs what the background lets through, so the background itself keeps its colour.
-    passed = np.arange(256)[:, None] / _BACKGROUND
-    return np.clip(light * _BACKGROUND * passed**density, 0, 255).astype(np.float32).reshape(1, 256, 3)
+    background = _BACKGROUND.ravel()
+    passed = np.arange(256)[:, None] / background
+    return np.clip(light * background * passed**density, 0, 255).astype(np.float32).reshape(1, 256, 3)
 
 
-def _photograph(image: np.ndarray, rng, change: _Shift) -> np.ndarray:
-    "Stain, light, focus and sensor noise; uint8 (size, size, 3)."
-    size = image.shape[0]
+def _photograph(planes: np.ndarray, rng, change: _Shift) -> np.ndarray:
+    "From planes to a photo: focus, stain, light and sensor noise; uint8 (size, size, 3)."
+    image, size = cv2.merge(list(planes)), planes.shape[1]
     focus = size * np.hypot(0.003 + 0.011 * rng.random() ** 6, change.blur)
     image = cv2.GaussianBlur(image, (0, 0), max(focus, 0.15))
     # The real photos were made smaller with a Lanczos filter, which leaves edges a little too sharp.
@@ -352,7 +370,7 @@ def _photograph(image: np.ndarray, rng, change: _Shift) -> np.ndarray:
     noise = rng.standard_normal((size, size, 3), dtype=np.float32)
     return np.clip(image + np.float32(1.6 + change.noise) * noise, 0, 255).astype(np.uint8)
 
-# %% ../nbs/00_drawn.ipynb #0ca6efcf
+# %% ../nbs/00_drawn.ipynb #01fe2263
 def _class_index(cell_class: str | int) -> int:
     "The label of a class given by name or label; a ValueError lists the names."
     if isinstance(cell_class, str) and cell_class in DRAWN_CLASS_NAMES:
@@ -363,17 +381,31 @@ def _class_index(cell_class: str | int) -> int:
                      f'use a label from 0 to 7 or one of {", ".join(DRAWN_CLASS_NAMES)}')
 
 
+def _check_count(name: str, count: int, least: int) -> None:
+    "Raise a ValueError unless `count` is a whole number of at least `least`."
+    if not isinstance(count, (int, np.integer)) or count < least:
+        raise ValueError(f'{name} is {count!r}, wanted a whole number of {least} or more: leave it out for the default')
+
+
 def _check_picture(size: int, shift: float) -> None:
     "Raise a ValueError for a size or a shift that cannot be drawn."
     if not isinstance(size, (int, np.integer)) or size < 16:
         raise ValueError(f'size is {size!r}, wanted a whole number of at least 16 pixels: '
                          'below that no nucleus can be seen; draw at 28 and resize')
-    if not 0 <= shift <= 1:
+    if not isinstance(shift, (int, float, np.number)) or not 0 <= shift <= 1:
         raise ValueError(f'shift is {shift!r}, wanted a number from 0 (like training) to 1 (strongest): '
                          'divide a percentage by 100')
 
-# %% ../nbs/00_drawn.ipynb #b0c14b1e
-def _add_company(image: np.ndarray, rng, centre, radius: float) -> None:
+
+def _generator(rng: np.random.Generator | int) -> np.random.Generator:
+    "The generator itself, or one from a seed; a ValueError for a negative seed."
+    if isinstance(rng, np.random.Generator):
+        return rng
+    _check_count('seed', rng, 0)
+    return np.random.default_rng(rng)
+
+# %% ../nbs/00_drawn.ipynb #2dae8153
+def _add_company(planes: np.ndarray, rng, centre, radius: float) -> None:
     "Now and then a platelet beside the cell, or another white cell cut by the border; in place."
     chance, turn = rng.random(), rng.uniform(0, 2 * np.pi)
     if chance < 0.2:
@@ -384,9 +416,9 @@ def _add_company(image: np.ndarray, rng, centre, radius: float) -> None:
         return
     away = radius + other + gap
     place = (centre[0] + away * np.cos(turn), centre[1] + away * np.sin(turn))
-    _paint_white_cell(image, rng, CELL_LOOKS[name], place, other)
+    _paint_white_cell(planes, rng, CELL_LOOKS[name], place, other)
 
-
+# %% ../nbs/00_drawn.ipynb #8a135c4b
 def draw_cell(
     cell_class: str | int, size: int = 96, rng: np.random.Generator | int = 0, shift: float = 0.0
 ) -> np.ndarray:
@@ -424,22 +456,13 @@ def draw_cell(
     change = _Shift.draw(shift_rng, shift)
     radius = cell_rng.uniform(*look.radius)
     centre = cell_rng.normal(0, 0.02, 2) + change.offset
-    image = _draw_smear(smear_rng, size, centre, radius)
-    _add_company(image, smear_rng, centre, radius)
-    _paint_white_cell(image, cell_rng, look, centre, radius)
-    _occlude(image, shift_rng, change, centre)
-    return _photograph(image, camera_rng, change)
+    planes = _draw_smear(smear_rng, size, centre, radius)
+    _add_company(planes, smear_rng, centre, radius)
+    _paint_white_cell(planes, cell_rng, look, centre, radius)
+    _occlude(planes, shift_rng, change, centre)
+    return _photograph(planes, camera_rng, change)
 
-
-def _generator(rng: np.random.Generator | int) -> np.random.Generator:
-    "A generator from a generator or a seed; a ValueError for a negative seed."
-    if isinstance(rng, np.random.Generator):
-        return rng
-    if not isinstance(rng, (int, np.integer)) or rng < 0:
-        raise ValueError(f'seed is {rng!r}, wanted a whole number of 0 or more: NumPy takes no negative seeds')
-    return np.random.default_rng(rng)
-
-# %% ../nbs/00_drawn.ipynb #3b00f93d
+# %% ../nbs/00_drawn.ipynb #b3705094
 def _draw_face(size: int) -> np.ndarray:
     "A cartoon face, uint8 (size, size, 3)."
     image = np.full((400, 400, 3), (150, 205, 235), np.uint8)
@@ -470,7 +493,7 @@ def _draw_landscape(size: int) -> np.ndarray:
 
 JUNK_PICTURES: dict[str, Callable[[int], np.ndarray]] = {'face': _draw_face, 'landscape': _draw_landscape}
 
-# %% ../nbs/00_drawn.ipynb #735bea50
+# %% ../nbs/00_drawn.ipynb #d4fa462a
 def _noisy_copy(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     "A near copy: sensor noise, JPEG's loss or another brightness, by chance; uint8, never equal to `image`."
     kind = rng.integers(3)
@@ -484,7 +507,7 @@ def _noisy_copy(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         changed = image * rng.uniform(0.92, 0.97)
     return np.clip(changed, 0, 255).astype(np.uint8)
 
-# %% ../nbs/00_drawn.ipynb #86fd4a7a
+# %% ../nbs/00_drawn.ipynb #5689bffa
 # Cells per class of BloodMNIST's training part, which the homework took over.
 HOMEWORK_COUNTS: tuple[int, ...] = (852, 2181, 1085, 2026, 849, 993, 2330, 1643)
 
@@ -509,7 +532,7 @@ class DrawnCells:
     labels: np.ndarray
     truth: dict[str, np.ndarray]
 
-# %% ../nbs/00_drawn.ipynb #a3ac2c8d
+# %% ../nbs/00_drawn.ipynb #1807fe03
 def _allot(n: int, proportions: Sequence[float]) -> np.ndarray:
     "Whole counts that sum to n, near the proportions, with at least one of each class where n allows."
     share = np.asarray(proportions, float) / np.sum(proportions) * n
@@ -528,12 +551,6 @@ def _free_places(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return order[~np.isin(order, first)]
 
 
-def _check_count(name: str, count: int, least: int) -> None:
-    "Raise a ValueError unless `count` is a whole number of at least `least`."
-    if not isinstance(count, (int, np.integer)) or count < least:
-        raise ValueError(f'{name} is {count!r}, wanted a whole number of {least} or more: leave it out for the default')
-
-
 def _planted_counts(n: int, exact: int | None, noisy: int | None, junk: int | None) -> tuple[int, int, int]:
     "Numbers of exact duplicates, noisy duplicates and junk, checked, with 3 %, 3 % and 6 % for None."
     _check_count('n', n, 1)
@@ -541,12 +558,12 @@ def _planted_counts(n: int, exact: int | None, noisy: int | None, junk: int | No
     for name, count in zip(('n_exact_duplicates', 'n_noisy_duplicates', 'n_junk'), counts):
         _check_count(name, count, 0)
     room = max(0, n - len(DRAWN_CLASS_NAMES))
-    if sum(counts) > max(room, 0):
+    if sum(counts) > room:
         raise ValueError(f'{counts[0]} exact duplicates, {counts[1]} noisy ones and {counts[2]} junk pictures do not '
                          f'fit into n={n}: at most {room} do, as each class keeps a plain cell; raise n or plant fewer')
     return counts[0], counts[1], counts[2]
 
-# %% ../nbs/00_drawn.ipynb #607f9d3f
+# %% ../nbs/00_drawn.ipynb #e8998aa3
 def _plant_junk(images: np.ndarray, truth: dict[str, np.ndarray], places: np.ndarray) -> None:
     "Put junk at the places, in place: of nine, eight faces under all labels and one landscape, all monocytes."
     is_face = np.arange(len(places)) % 9 != 8
@@ -591,12 +608,9 @@ def _plant(images: np.ndarray, truth: dict[str, np.ndarray], planted: tuple[int,
     for place in noisy:
         images[place] = _noisy_copy(images[place], np.random.default_rng([seed, int(place), 2]))
 
-# %% ../nbs/00_drawn.ipynb #ce63490a
+# %% ../nbs/00_drawn.ipynb #747daeb3
 def draw_cells(
-    n: int = 2000,
-    size: int = 96,
-    shift: float = 0.0,
-    seed: int = 0,
+    n: int = 2000, size: int = 96, shift: float = 0.0, seed: int = 0,
     n_exact_duplicates: int | None = None,
     n_noisy_duplicates: int | None = None,
     n_junk: int | None = None,
@@ -629,7 +643,7 @@ def draw_cells(
     """
     planted = _planted_counts(n, n_exact_duplicates, n_noisy_duplicates, n_junk)
     _check_picture(size, shift)
-    _generator(seed)
+    _check_count('seed', seed, 0)
     # Two extra words keep this stream apart from the pictures' own, (seed, i).
     rng = np.random.default_rng([seed, 0, 1])
     labels = rng.permutation(np.repeat(np.arange(8, dtype=np.uint8), _allot(n, HOMEWORK_COUNTS)))
