@@ -1,15 +1,15 @@
 # bloodnb on a bare machine: needs make, git and Python 3.11 or 3.12; everything else comes with `make demo`.
 # PYTHON names the interpreter to build .venv from; left empty, the first fitting one on PATH is taken.
 PYTHON ?=
-DEMO_PARAMETERS ?= -p data drawn -p recipe demo -p output _runs/demo
+DEMO_PARAMETERS ?= -p data drawn -p recipe demo -p output _runs/demo -p overwrite True
 BIN := .venv/bin
 export TF_CPP_MIN_LOG_LEVEL := 3
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs lock clean
+.PHONY: help demo test docs outputs lock clean
 
 help:  ## list these targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' | while IFS='|' read -r target what; do printf 'make %-6s %s\n' "$$target" "$$what"; done
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' | while IFS='|' read -r target what; do printf 'make %-7s %s\n' "$$target" "$$what"; done
 
 demo: .venv/installed  ## set up, then train on drawn cells: offline, about a minute once set up
 	@mkdir -p _runs
@@ -23,6 +23,9 @@ test: .venv/installed  ## check everything: library in step, notebooks, jobs, th
 
 docs: .venv/installed  ## render the site into _docs (with Quarto where it is installed, else with smalldocs)
 	@$(BIN)/python .ci/render_site.py
+
+outputs: .venv/installed  ## run the notebooks in place, so that they show what this code does; some with NOTEBOOKS="nbs/04_models.ipynb ..."
+	@$(BIN)/python .ci/run_notebooks.py $(NOTEBOOKS)
 
 lock: .venv/installed  ## resolve pyproject.toml into requirements.lock; pins stay unless LOCK_FLAGS=--upgrade
 	@PATH="$(CURDIR)/.venv/uv/bin:$$PATH" uv pip compile --universal --python-version 3.11 --extra dev --no-header --no-annotate --no-emit-package bloodnb --quiet $(LOCK_FLAGS) pyproject.toml -o requirements.lock

@@ -168,7 +168,8 @@ def _with_file(name: str, backbone: keras.Model | None, path: Path) -> keras.Mod
         raise FileNotFoundError(f"no weights file {path}; {path.parent} holds {beside or 'no .h5 file'}. "
                                 "Wanted imagenet, none or the path of an .h5 file.")
     try:
-        backbone.load_weights(path)
+        with warnings.catch_warnings(action="ignore"):  # Keras warns layer by layer before it fails
+            backbone.load_weights(path)
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise ValueError(f"{path} does not hold weights of {name} without its top ({error}). Remedy: the file that Keras names "
                          f"..._no_top.h5 for this backbone and width.") from error

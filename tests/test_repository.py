@@ -70,6 +70,12 @@ def test_notebook_saves_no_error(notebook):
     assert not errors, f"{notebook}: saved with {errors}. Run it again from top to bottom."
 
 
+@each_notebook
+def test_notebook_saves_no_log(notebook):
+    noise = [o.text[:60] for c in cells_of(notebook) for o in c.get("outputs", []) if o.get("name") == "stderr"]
+    assert not noise, f"{notebook}: what libraries log is saved in it: {noise}. Run make outputs NOTEBOOKS={notebook}."
+
+
 @pytest.mark.parametrize("notebook", LIBRARY, ids=str)
 def test_library_notebook_exports_its_module(notebook):
     names = [m for c in cells_of(notebook) if c.cell_type == "code" for m in re.findall(r"^#\| *default_exp +(\S+)", c.source, re.M)]
@@ -142,12 +148,17 @@ def test_committed_files_are_small():
     assert not large, f"over 3 MB, in bytes: {large}. Keep data out of git, and save figures smaller."
 
 
+def test_library_has_no_unused_or_undefined_name():
+    run = subprocess.run([sys.executable, "-m", "ruff", "check", "--select", "F", "--quiet", "bloodnb"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, f"ruff found in the exported library:\n{run.stdout}{run.stderr}"
+
+
 def test_ci_entry_is_executable():
     assert os.access(ROOT / ".ci" / "run", os.X_OK), ".ci/run is not executable. Run chmod +x .ci/run."
 
 
 def test_library_needs_no_notebook_tools():
-    tools = {"nbdev", "fastcore", "execnb", "papermill", "jupyterlab", "IPython", "nbformat"}
+    tools = {"nbdev", "fastcore", "execnb", "papermill", "jupyterlab", "nbformat"}
     for path in (ROOT / "bloodnb").glob("*.py"):
         nodes = list(ast.walk(ast.parse(path.read_text())))
         imported = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names} | {n.module or "" for n in nodes if isinstance(n, ast.ImportFrom)}

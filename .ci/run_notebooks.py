@@ -1,0 +1,57 @@
+"""Run notebooks in place, top to bottom, so that the outputs which the site shows are those of this code.
+
+    python .ci/run_notebooks.py                        # every notebook
+    python .ci/run_notebooks.py nbs/04_models.ipynb    # some
+
+A job runs under papermill with the demo's parameters, and its outputs are kept without papermill's own cell.
+"""
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from papermill import execute_notebook
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = {"recipe": "demo"}
+# TensorFlow's start-up lines go to stderr whatever its settings (tensorflow issue 100442), with process ids in them.
+NOISE = re.compile(r"absl::InitializeLog|^[IWE]0000 ", re.M)
+
+
+def run_library(path: Path):
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, timeout=1200, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+    return notebook
+
+
+def run_job(path: Path):
+    notebook = nbformat.read(path, as_version=4)
+    with tempfile.TemporaryDirectory() as folder:
+        done = execute_notebook(path, None, {**DEMO, "output": "_runs/demo"}, cwd=folder, kernel_name="python3", progress_bar=False)
+    cells = [cell for cell in done.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+    for cell, ran in zip(notebook.cells, cells, strict=True):
+        if cell.cell_type == "code":
+            cell.outputs = ran.outputs
+    return notebook
+
+
+def main() -> None:
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    os.environ["PYTHONPATH"] = str(ROOT)
+    paths = [Path(name).resolve() for name in sys.argv[1:]] or sorted((ROOT / "nbs").glob("*.ipynb"))
+    for path in paths:
+        print(path.name, flush=True)
+        notebook = run_library(path) if re.match(r"\d\d_", path.name) else run_job(path)
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                cell.outputs = [o for o in cell.outputs if not (o.get("name") == "stderr" and NOISE.search(o.text))]
+        nbformat.write(notebook, path)
+        subprocess.run([Path(sys.executable).with_name("nbdev_clean"), "--fname", path], check=True)
+
+
+if __name__ == "__main__":
+    main()
