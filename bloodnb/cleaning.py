@@ -6,15 +6,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
 
-from .data import CellImages, drop, identical_groups, sha256, unknown_name
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
+from .data import CellImages, drop, identical_groups, sha256, take, unknown_name
 
 # %% auto #0
 __all__ = ['CLEANINGS', 'find_duplicates', 'clean', 'write_blacklist', 'blacklist_sha256', 'read_blacklist', 'apply_blacklist',
@@ -37,8 +35,6 @@ def find_duplicates(cells: CellImages, max_copies: int = 3) -> pd.DataFrame:
         "label conflict" or "planted"), `score` (images in the group), `group` (index of its first image), `kept` (bool).
         Without labels there are no label conflicts.
     """
-    import pandas as pd
-
     groups = identical_groups(cells.images)
     labels = np.zeros(len(cells), np.uint8) if cells.labels is None else cells.labels
     table = pd.DataFrame({"index": cells.index, "group": cells.index[groups], "label": labels})
@@ -123,8 +119,6 @@ def read_blacklist(path: str | Path, cells: CellImages) -> pd.DataFrame:
     ValueError
         If it is no blacklist, or was made from other data than `cells`.
     """
-    import pandas as pd
-
     made_from, here = blacklist_sha256(path), sha256(cells)
     if made_from != here:
         raise ValueError(f"{path} was made from other data than {cells.source}: sha256 {made_from[:12]}... there, {here[:12]}... here. "
@@ -163,8 +157,6 @@ def show_groups(cells: CellImages, findings: pd.DataFrame, n: int = 6, copies: i
     n, copies : int
         Rows, and images of a row, at most.
     """
-    import matplotlib.pyplot as plt
-
     largest = findings.groupby("group").size().sort_values(ascending=False, kind="stable").index[:n]
     fig = plt.figure(figsize=(1.1 * copies, 1.35 * max(1, len(largest))), layout="constrained")
     plt.close(fig)  # out of pyplot's hands, or a notebook would show it twice
@@ -178,8 +170,6 @@ def show_groups(cells: CellImages, findings: pd.DataFrame, n: int = 6, copies: i
     return fig
 
 def _show_group(axes, cells: CellImages, members: pd.DataFrame) -> None:
-    from bloodnb.data import take
-
     shown = take(cells, members["index"].to_numpy()[: len(axes)])
     for ax, image, index, kept, i in zip(axes, shown.images, shown.index, members["kept"], range(len(shown))):
         ax.imshow(image)

@@ -6,17 +6,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
+import seaborn
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from sklearn.metrics import confusion_matrix
 
 from .data import CLASS_NAMES, CellImages
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # %% auto #0
 __all__ = ['wilson_interval', 'evaluate', 'class_table', 'score_table', 'plot_confusion', 'find_mistakes', 'plot_mistakes']
@@ -99,16 +98,12 @@ def _per_class(table: np.ndarray, class_names: Sequence[str]) -> dict[str, dict]
 # %% ../nbs/06_evaluation.ipynb #cf54de00
 def class_table(metrics: dict) -> pd.DataFrame:
     """What `evaluate` says by class, as a table: n, precision, recall, its 95 % interval, and F1."""
-    import pandas as pd
-
     table = pd.DataFrame.from_dict(metrics["per_class"], orient="index")
     low_high = pd.DataFrame(table.pop("recall_interval").tolist(), index=table.index, columns=["recall low", "recall high"])
     return pd.concat([table[["n", "precision", "recall"]], low_high, table[["f1"]]], axis=1).round(3).rename_axis("class")
 
 def score_table(metrics: dict) -> pd.DataFrame:
     """The scores of `evaluate` with their 95 % intervals, a row each."""
-    import pandas as pd
-
     rows = {name.replace("_", " "): (metrics[name], *interval) for name, interval in metrics["confidence_intervals"].items()}
     return pd.DataFrame.from_dict(rows, orient="index", columns=["value", "95 % low", "high"]).round(3).rename_axis(f"{metrics['n']:,} images")
 
@@ -127,9 +122,6 @@ def plot_confusion(y_true: np.ndarray, y_pred: np.ndarray, class_names: Sequence
     -------
     Figure
     """
-    import matplotlib.pyplot as plt
-    import seaborn
-
     table = confusion_matrix(y_true, y_pred, labels=range(len(class_names)))
     if ax is None:
         fig, ax = plt.subplots(figsize=(6.4, 5.2), layout="constrained")
@@ -157,8 +149,6 @@ def find_mistakes(cells: CellImages, y_prob: np.ndarray) -> pd.DataFrame:
     DataFrame
         index (source position), true, predicted (class names), y_prob (of the predicted class, 0..1), y_prob_true (of the true one).
     """
-    import pandas as pd
-
     y_true, y_prob = _check_predictions(cells.labels, y_prob, cells.class_names)
     y_pred, rows = y_prob.argmax(1), np.arange(len(y_true))
     names = np.array(cells.class_names)
@@ -168,8 +158,6 @@ def find_mistakes(cells: CellImages, y_prob: np.ndarray) -> pd.DataFrame:
 
 def plot_mistakes(cells: CellImages, y_prob: np.ndarray, n: int = 24, columns: int = 8) -> Figure:
     """Show the `n` surest mistakes (see `find_mistakes`): the true class above, what the model took it for below."""
-    import matplotlib.pyplot as plt
-
     mistakes = find_mistakes(cells, y_prob).head(n)
     rows = max(1, -(-len(mistakes) // columns))
     fig = plt.figure(figsize=(1.3 * columns, 1.75 * rows), layout="constrained")

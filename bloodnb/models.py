@@ -9,14 +9,11 @@ import os
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import keras
+import pandas as pd
 
 from .data import CLASS_NAMES, unknown_name
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 # %% auto #0
 __all__ = ['SCALES', 'BACKBONES', 'ImageNetScale', 'Backbone', 'find_backbone', 'backbone_table', 'build_backbone', 'classifier',
@@ -106,8 +103,6 @@ def find_backbone(name: str) -> Backbone:
 # %% ../nbs/04_models.ipynb #3680924e
 def backbone_table() -> pd.DataFrame:
     """`BACKBONES` as a table to look at: Keras application, input scale and smallest picture side (pixels) of each."""
-    import pandas as pd
-
     rows = {name: {"keras.applications": row.application, "input scale": row.scale, "smallest side": row.min_size,
                    **{key: value for key, value in row.options.items()}} for name, row in BACKBONES.items()}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("backbone").fillna("")

@@ -10,15 +10,14 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from .cleaning import CLEANINGS
 from .data import unknown_name
 from .models import BACKBONES, find_backbone
 from .training import LOSSES, OPTIMIZERS, SCHEDULES
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 # %% auto #0
 __all__ = ['FROM_SCRATCH', 'RECIPES', 'TRAIN_PARAMETERS', 'Recipe', 'recipe_fields', 'resolve_recipe', 'choices_for',
@@ -108,8 +107,8 @@ class Recipe:
     dropout_rate: float = 0.2
     head_epochs: int = 20
     head_learning_rate: float = 1e-3
-    epochs: int = 8
-    learning_rate: float = 1e-4
+    epochs: int = 6
+    learning_rate: float = 3e-4
     unfreeze: float = 0.5
     batch_norm: bool = False
     optimizer: str = "adam"
@@ -225,8 +224,6 @@ def with_test_data(recipe: Recipe, test_data: Any) -> Recipe:
 # %% ../nbs/09_recipes.ipynb #fe7c9024
 def recipe_table(recipes: Mapping[str, Recipe] | None = None) -> pd.DataFrame:
     """Recipes by name side by side, the default first; a row per choice in which they differ. By default all named recipes."""
-    import pandas as pd
-
     shown = {name: resolve_recipe(name) for name in RECIPES} if recipes is None else {"default": Recipe(), **recipes}
     table = pd.DataFrame({name: {field: getattr(recipe, field) for field in recipe_fields()} for name, recipe in shown.items()}, dtype=object)
     return table[[len({str(value) for value in row}) > 1 for row in table.to_numpy()]].rename_axis("choice")

@@ -19,16 +19,15 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
+import psutil
+from matplotlib.figure import Figure
 
 import bloodnb
 from .data import CellImages, find_source, unknown_name
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
 
 # %% auto #0
 __all__ = ['library_versions', 'git_revision', 'device_name', 'peak_memory', 'Run', 'start_run', 'default_output', 'split_table',
@@ -77,8 +76,6 @@ def peak_memory() -> float:
     try:
         import resource
     except ImportError:  # Windows
-        import psutil
-
         return psutil.Process().memory_info().peak_wset / 2**20
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most / (2**20 if sys.platform == "darwin" else 2**10)
@@ -100,8 +97,6 @@ def _check_output(output: Path, overwrite: bool) -> None:
 
 def _remove_stale(output: Path) -> None:
     "Remove partial folders of this output whose process is gone, or is this one."
-    import psutil
-
     for partial in output.parent.glob(f"{output.name}.partial-*"):
         pid = partial.name.rpartition("-")[2]
         if pid.isdigit() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))):
@@ -196,8 +191,6 @@ def _write_json(path: Path, value: Any) -> None:
 
 def split_table(cells: CellImages, parts: dict[str, Iterable[int]]) -> pd.DataFrame:
     """Which image is in which part, as `split.csv` keeps it: index, label (class name), part ("dropped" for images in none)."""
-    import pandas as pd
-
     part_of = {int(index): name for name, members in parts.items() for index in members}
     labels = ["" if cells.labels is None else cells.class_names[label] for label in (cells.labels if cells.labels is not None else cells.index)]
     return pd.DataFrame({"index": cells.index, "label": labels, "part": [part_of.get(int(i), "dropped") for i in cells.index]})
@@ -291,8 +284,6 @@ def executed_notebook(path: str | None = None) -> Path | None:
     """
     if path:
         return Path(path)
-    import psutil
-
     with contextlib.suppress(psutil.Error):
         words = psutil.Process().parent().cmdline()
         at = next((i for i, word in enumerate(words) if Path(word).name in ("papermill", "papermill.exe", "papermill-script.py")

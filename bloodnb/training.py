@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import html
 import time
-from typing import TYPE_CHECKING
 
 import keras
+import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
 
 from .data import CellImages, unknown_name
 from .models import feature_model, head_model
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
 
 # %% auto #0
 __all__ = ['LOSSES', 'OPTIMIZERS', 'SCHEDULES', 'set_seed', 'Batches', 'set_trainable', 'class_weights', 'EpochTable',
@@ -282,12 +280,12 @@ def train_classifier(
     *,
     head_epochs: int = 20,
     head_learning_rate: float = 1e-3,
-    epochs: int = 5,
-    learning_rate: float = 1e-4,
-    unfreeze: float = 0.3,
+    epochs: int = 6,
+    learning_rate: float = 3e-4,
+    unfreeze: float = 0.5,
     batch_norm: bool = False,
     optimizer: str = "adam",
-    schedule: str = "constant",
+    schedule: str = "cosine",
     loss: str = "cross_entropy",
     label_smoothing: float = 0.0,
     class_weight: bool = False,
@@ -335,8 +333,6 @@ def train_classifier(
     ValueError
         If there is nothing to train, or a name is unknown.
     """
-    import pandas as pd
-
     if head_epochs <= 0 and epochs <= 0:
         raise ValueError(f"head_epochs={head_epochs}, epochs={epochs}: nothing to train; wanted at least one of them above 0.")
     set_seed(seed)
@@ -362,8 +358,6 @@ def train_classifier(
 # %% ../nbs/05_training.ipynb #f5eaa687
 def plot_history(history: pd.DataFrame) -> Figure:
     """Loss and accuracy by epoch, both phases in a row, from what `train_classifier` returns (or a run's `history.csv`)."""
-    import matplotlib.pyplot as plt
-
     fig = plt.figure(figsize=(9, 3), layout="constrained")
 
     plt.close(fig)  # out of pyplot's hands, or a notebook would show it twice
