@@ -1,0 +1,39 @@
+"""How tests start a job: papermill in a process of its own, as a shell does."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+
+ROOT = Path(__file__).resolve().parent.parent
+# The least that is still a whole run: some seconds of training on drawn cells.
+SMALL = {"data": "drawn:n=120,seed=1", "recipe": "demo", "image_size": 32, "epochs": 2, "output": "run"}
+# Nothing listens at this port of this machine, so every download fails at once.
+NO_NETWORK = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")} | {"no_proxy": "", "NO_PROXY": ""}
+
+
+def train_command(**parameters) -> list[str]:
+    """The command that trains and writes the executed notebook as `out.ipynb` in the current folder."""
+    words = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
+    return [sys.executable, "-m", "papermill", str(ROOT / "nbs" / "train.ipynb"), "out.ipynb", *words]
+
+
+def train(folder: Path, environment: dict | None = None, **parameters) -> subprocess.CompletedProcess:
+    """Run the training job in `folder` to its end; papermill's report of an error is in `stderr`."""
+    return subprocess.run(train_command(**parameters), cwd=folder, env=job_environment(environment), capture_output=True, text=True, timeout=900)
+
+
+def job_environment(changes: dict | None = None) -> dict:
+    """This process's environment, with this checkout's library first."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), **(changes or {})}
+
+
+def cells_run(notebook: Path) -> list[str]:
+    """Sources of the code cells that an executed notebook got to, the failing one included."""
+    return [cell.source for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code" and cell.execution_count]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """The content of every file under `folder`, by path."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
