@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import hashlib
 import io
+import math
 import os
 import re
 import urllib.error
@@ -263,15 +264,24 @@ def _damage_named(path: Path):
     "Turn the many ways in which a damaged archive fails into one message."
     try:
         yield
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+    except (FileNotFoundError, PermissionError):
+        raise
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged or cut off ({error}); wanted a whole zip archive. Remedy: copy or download it again.") from error
 
 # %% ../nbs/00_data.ipynb #320658c9
+def _check_not_encrypted(path: Path, files: Iterable[zipfile.ZipInfo]) -> None:
+    locked = [info.filename for info in files if info.flag_bits & 1]
+    if locked:
+        raise ValueError(f"{path} is encrypted ({locked[0]} and {len(locked) - 1} more); wanted an open archive. Remedy: unpack it with its password and "
+                         "give the folder.")
+
 def _zip_entries(path: Path) -> tuple[list[_Entry], list[str]]:
     "The files of an archive, and the names of its folders that hold nothing."
     with _damage_named(path):
         archive = zipfile.ZipFile(path)
     files = [info for info in archive.infolist() if not info.is_dir()]
+    _check_not_encrypted(path, files)
     for info in files:
         parts = info.filename.replace("\\", "/").split("/")
         if ".." in parts or parts[0] == "" or ":" in parts[0]:
@@ -285,8 +295,9 @@ def _zip_entries(path: Path) -> tuple[list[_Entry], list[str]]:
 
 def _folder_entries(path: Path) -> tuple[list[_Entry], list[str]]:
     found = [p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)]
-    empty = [p.name for p in found if p.is_dir() and not any(p.iterdir())]
-    return [_Entry(p.relative_to(path).as_posix(), p.read_bytes) for p in found if p.is_file()], empty
+    files = [p for p in found if p.is_file()]
+    filled = {parent for p in files for parent in p.parents}
+    return [_Entry(p.relative_to(path).as_posix(), p.read_bytes) for p in files], [p.name for p in found if p.is_dir() and p not in filled]
 
 # %% ../nbs/00_data.ipynb #b5e29828
 def _pictures(entries: list[_Entry], where: str) -> list[_Entry]:
@@ -313,14 +324,29 @@ def _order(entries: list[_Entry]) -> tuple[list[_Entry], np.ndarray | None]:
     return sorted(entries, key=lambda entry: entry.name), None
 
 # %% ../nbs/00_data.ipynb #820574ce
+# What PIL may open under these endings, and the kinds of pixels that become RGB of 0..255 without being cut off.
+_FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
+_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}
+
 def _decode(entry: _Entry, size: int, where: str) -> np.ndarray:
     try:
-        with Image.open(io.BytesIO(entry.read())) as image:
+        with Image.open(io.BytesIO(entry.read()), formats=_FORMATS) as image:
+            if image.mode not in _MODES:
+                raise ValueError(f"{where}: {entry.name} has pixels of kind {image.mode!r} (16 bits or more); wanted 8 bits, 0..255. Remedy: bring the "
+                                 "values to 0..255 and save it again.")
             if image.width * image.height > _MAX_PIXELS:
                 raise ValueError(f"{where}: {entry.name} declares {image.width}x{image.height} pixels; wanted at most {_MAX_PIXELS / 1e6:.0f} megapixels.")
             return fit_image(image, size)
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{where}: {entry.name} is not a picture that can be read ({error}). Remedy: replace or remove the file.") from error
+
+def _folder_label(entry: _Entry, where: Path) -> int:
+    if not entry.folder:
+        raise ValueError(f"{where}: {entry.name} lies beside the class folders; wanted it in one of them. Remedy: move it or remove it.")
+    try:
+        return class_label(entry.folder)
+    except ValueError as error:
+        raise ValueError(f"{where}: {entry.name}: {error}") from None
 
 def _read_pictures(path: Path, size: int) -> CellImages:
     "A folder or zip, read one picture at a time into an array made beforehand."
@@ -330,7 +356,7 @@ def _read_pictures(path: Path, size: int) -> CellImages:
                          "Remedy: fill it or remove it.")
     entries, index = _order(_pictures(entries, str(path)))
     labelled = any(entry.folder for entry in entries)
-    labels = np.array([class_label(entry.folder) for entry in entries], np.uint8) if labelled else None
+    labels = np.array([_folder_label(entry, path) for entry in entries], np.uint8) if labelled else None
     images = np.empty((len(entries), size, size, 3), np.uint8)
     with _damage_named(path):
         for image, entry in zip(images, entries):
@@ -347,8 +373,9 @@ def _npy_header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], n
 
 def _check_npz(path: Path) -> list[str]:
     "The names of an archive's arrays, once every header is seen to be honest."
-    names = []
+    names, most = [], 1032 * path.stat().st_size + 1024  # deflate packs at most 1032 bytes into one
     with _damage_named(path), zipfile.ZipFile(path) as archive:
+        _check_not_encrypted(path, archive.infolist())
         for info in archive.infolist():
             try:
                 shape, dtype, start = _npy_header(archive, info.filename)
@@ -359,8 +386,8 @@ def _check_npz(path: Path) -> list[str]:
                 raise ValueError(f"{path}: array {name!r} holds pickled Python objects, which could run code; never unpickled. "
                                  "Remedy: save it again as numbers, e.g. np.savez(file, images=np.stack(images)).")
             declared = start + int(np.prod(shape, dtype=object)) * dtype.itemsize
-            if declared != info.file_size:
-                raise ValueError(f"{path}: array {name!r} declares {declared:,} bytes {shape} and has {info.file_size:,}; damaged or forged. "
+            if declared != info.file_size or declared > most:
+                raise ValueError(f"{path}: array {name!r} declares {declared:,} bytes {shape}; it has {min(info.file_size, most):,} at most: damaged or forged. "
                                  "Remedy: download or save it again.")
             names.append(name)
     return names
@@ -384,14 +411,21 @@ def _fit_all(images: np.ndarray, size: int) -> np.ndarray:
         target[...] = fit_image(image, size)
     return fitted
 
+@contextlib.contextmanager
+def _memory_named(path: Path):
+    try:
+        yield
+    except MemoryError as error:
+        raise ValueError(f"{path}: its arrays do not fit into memory ({error}). Remedy: a machine with more, or fewer images.") from error
+
 def _read_npz(path: Path, size: int, parts: tuple[str, ...] = ()) -> CellImages:
     names = _check_npz(path)
     pairs = _npz_keys(path, names, parts)
     every = _npz_keys(path, names, ())
-    with _damage_named(path), np.load(path, allow_pickle=False) as archive:
+    with _damage_named(path), _memory_named(path), np.load(path, allow_pickle=False) as archive:
         arrays = [_check_images(archive[key], f"{path} {key}") for key, _ in pairs]
         labels = [_check_labels(archive[key], len(images), f"{path} {key}") if key in names else None for images, (_, key) in zip(arrays, pairs)]
-        lengths = [_npy_header(archive.zip, f"{key}.npy")[0][0] for key, _ in every]
+        lengths = [math.prod(_npy_header(archive.zip, f"{key}.npy")[0][:1]) for key, _ in every]
     if len({images.shape[1:] for images in arrays}) > 1 or len({item is None for item in labels}) > 1:
         raise ValueError(f"{path}: the parts {[key for key, _ in pairs]} differ in shape or in having labels; wanted parts alike.")
     starts = dict(zip((key for key, _ in every), np.cumsum([0, *lengths])))
@@ -521,6 +555,8 @@ def find_source(source: str | Path) -> Source:
         If the file is of another kind, or an option is unknown.
     """
     text = str(source)
+    if not text.strip():
+        raise FileNotFoundError(f"no data source {text!r}: it is empty. Wanted a path to .npz, .zip or a folder, or one of: {', '.join(_NAMED)}.")
     match = None if Path(text).exists() else _OPTIONS.fullmatch(text)
     name, options = (match["name"], match["options"]) if match else (text, "")
     kind = name.partition("_")[0] if name in _NAMED and not Path(name).exists() else _kind(name)

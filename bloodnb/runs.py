@@ -8,12 +8,15 @@ from __future__ import annotations
 import ast
 import atexit
 import contextlib
+import glob
 import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
@@ -31,8 +34,8 @@ from .data import CellImages, find_source, unknown_name
 
 # %% auto #0
 __all__ = ['library_versions', 'git_revision', 'device_name', 'peak_memory', 'Run', 'start_run', 'default_output', 'split_table',
-           'write_predictions', 'write_metrics', 'save_figure', 'finish_run', 'show_folder', 'check_parameters',
-           'executed_notebook', 'notice']
+           'write_predictions', 'save_figure', 'finish_run', 'show_folder', 'check_parameters', 'executed_notebook',
+           'notice']
 
 # %% ../nbs/10_runs.ipynb #dee4f21c
 _PACKAGES = ("bloodnb", "keras", "tensorflow", "torch", "jax", "numpy", "scikit-learn", "opencv-python-headless", "pillow", "pandas", "papermill")
@@ -73,6 +76,9 @@ def device_name() -> str:
 
 def peak_memory() -> float:
     """The most memory that this process has held so far, in MiB."""
+    with contextlib.suppress(OSError, StopIteration):  # Linux's ru_maxrss begins with the parent's peak; this does not
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")) / 2**10
     try:
         import resource
     except ImportError:  # Windows
@@ -81,7 +87,7 @@ def peak_memory() -> float:
     return most / (2**20 if sys.platform == "darwin" else 2**10)
 
 # %% ../nbs/10_runs.ipynb #7cfb0d8f
-def _check_output(output: Path, overwrite: bool) -> None:
+def _check_output(output: Path, partial: Path, overwrite: bool) -> None:
     if output.is_file() or (output.is_dir() and any(output.iterdir()) and not overwrite):
         what = "a file" if output.is_file() else f"a folder with {sum(1 for _ in output.iterdir())} entries in it"
         raise FileExistsError(f"output {output} is {what}; wanted a new or empty folder. Remedy: another -p output, or -p overwrite True to replace a run.")
@@ -89,18 +95,24 @@ def _check_output(output: Path, overwrite: bool) -> None:
         raise FileExistsError(f"output {output} holds no run.json, so it is not a run, and overwrite does not touch it. Remedy: another -p output.")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        probe = output.parent / f"{output.name}.partial-{os.getpid()}"
-        _remove_stale(output)
-        probe.mkdir()
+        busy = _remove_stale(output)
+        if busy is None:
+            partial.mkdir()
     except OSError as error:
         raise PermissionError(f"output {output} cannot be written ({error.strerror or error}). Remedy: -p output with a folder that you may write to.") from error
+    if busy is not None:
+        raise FileExistsError(f"output {output} is being written by another run (process {busy}); wanted a folder of its own for each run. "
+                              "Remedy: another -p output, or wait for that run.")
 
-def _remove_stale(output: Path) -> None:
-    "Remove partial folders of this output whose process is gone, or is this one."
-    for partial in output.parent.glob(f"{output.name}.partial-*"):
+def _remove_stale(output: Path) -> int | None:
+    "Remove partial folders of this output whose process is gone, or is this one; the number of a process that is still at work."
+    for partial in output.parent.glob(f"{glob.escape(output.name)}.partial-*"):
         pid = partial.name.rpartition("-")[2]
-        if pid.isdigit() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))):
+        if pid.isdigit() and int(pid) != os.getpid() and psutil.pid_exists(int(pid)):
+            return int(pid)
+        if pid.isdigit():
             shutil.rmtree(partial, ignore_errors=True)
+    return None
 
 # %% ../nbs/10_runs.ipynb #d0120566
 class Run:
@@ -120,11 +132,12 @@ class Run:
         `time.perf_counter()` at the start.
     """
 
-    def __init__(self, output: Path):
-        self.output, self.folder = output, output.parent / f"{output.name}.partial-{os.getpid()}"
+    def __init__(self, output: Path, folder: Path):
+        self.output, self.folder = output, folder
         self.began, self.stages = time.perf_counter(), {}
         self.items: dict[str, Any] = {"started": _now(), "library_versions": library_versions(), "git_revision": git_revision()}
         atexit.register(self.abandon)
+        _abandon_when_terminated(self)
 
     @contextlib.contextmanager
     def stage(self, name: str):
@@ -146,6 +159,19 @@ class Run:
         """Remove what was written; nothing happens after `finish_run`."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
+def _abandon_when_terminated(run: Run) -> None:
+    "Abandon `run` on SIGTERM too: Jupyter sends it to a kernel that is slow to stop after Ctrl-C, and by itself it skips atexit."
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may take signals
+        return
+    before = signal.getsignal(signal.SIGTERM)
+
+    def abandon(number, frame):
+        run.abandon()
+        signal.signal(number, before or signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    signal.signal(signal.SIGTERM, abandon)
+
 def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
@@ -166,9 +192,10 @@ def start_run(output: str | Path, overwrite: bool = False) -> Run:
     PermissionError
         If the folder cannot be written.
     """
-    output = Path(output)
-    _check_output(output, overwrite)
-    return Run(output)
+    output = Path(str(output))  # papermill makes a number of `-p output 1`
+    partial = output.parent / f"{output.name}.partial-{os.getpid()}"
+    _check_output(output, partial, overwrite)
+    return Run(output, partial)
 
 # %% ../nbs/10_runs.ipynb #43a7b17e
 def default_output(name: str) -> Path:
@@ -203,31 +230,35 @@ def write_predictions(path: Path, **parts: tuple[CellImages, np.ndarray]) -> Non
     np.savez_compressed(path, **arrays)
 
 # %% ../nbs/10_runs.ipynb #6415d09c
-def write_metrics(run: Run, metrics: dict) -> None:
-    """Write `metrics.json`; a folder without it is unfinished. It holds no times, so that equal runs have equal files."""
-    _write_json(run.path("metrics.json"), metrics)
-
 def save_figure(run: Run, fig: Figure, name: str) -> Figure:
     """Save a figure as `figures/NAME.png`, 150 dots an inch, and give it back to be shown."""
     fig.savefig(run.path(f"figures/{name}.png"), dpi=150)
     return fig
 
-def finish_run(run: Run, notebook: str | Path | None = None) -> Path:
-    """Write `run.json`, copy the executed notebook (as far as it is written), and give the folder its name; returns it.
+def finish_run(run: Run, metrics: dict, notebook: str | Path | None = None) -> Path:
+    """Write what is still missing, and give the folder its name.
 
-    Raises
-    ------
-    RuntimeError
-        If there is no `metrics.json` yet.
+    Parameters
+    ----------
+    run : Run
+    metrics : dict
+        For `metrics.json`, which is written last: a folder without it is unfinished. It should hold no times, so that equal runs have
+        equal files.
+    notebook : path, optional
+        The executed notebook, copied as far as it is written.
+
+    Returns
+    -------
+    Path
+        The run's folder.
     """
-    if not (run.folder / "metrics.json").is_file():
-        raise RuntimeError(f"{run.output} has no metrics.json yet; wanted write_metrics before finish_run.")
     found = notebook is not None and Path(notebook).is_file()
     if found:
         shutil.copy(notebook, run.path(Path(notebook).name))
     run.record(notebook=Path(notebook).name if found else None, finished=_now(), stages=run.stages,
                seconds=round(time.perf_counter() - run.began, 1), peak_memory_mib=round(peak_memory()))
     _write_json(run.path("run.json"), run.items)
+    _write_json(run.path("metrics.json"), metrics)
     _replace(run.folder, run.output)
     return run.output
 
