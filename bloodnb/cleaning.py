@@ -76,7 +76,7 @@ def clean(cells: CellImages, cleaning: str = "exact") -> tuple[CellImages, pd.Da
     return _without(cells, findings), findings
 
 def _without(cells: CellImages, findings: pd.DataFrame) -> CellImages:
-    gone = findings.loc[~findings["kept"], "index"].to_numpy()
+    gone = findings.loc[~findings["kept"], "index"].unique()  # an image may have several findings; one that drops it is enough
     if len(gone) == len(cells):
         raise ValueError(f"{cells.source}: cleaning would drop all {len(cells)} images; wanted some to stay. Remedy: cleaning none, or look at the findings.")
     return drop(cells, gone)
@@ -103,8 +103,11 @@ def blacklist_sha256(path: str | Path) -> str:
     ValueError
         If it is no blacklist.
     """
-    with Path(path).open(encoding="utf-8", errors="replace") as file:
-        first = file.readline().strip()
+    if not Path(path).is_file():
+        beside = sorted(p.name for p in Path(path).parent.glob("*.csv"))
+        raise FileNotFoundError(f"no blacklist file {path}; its folder holds {beside or 'no .csv file'}. Wanted a file that write_blacklist wrote.")
+    with Path(path).open(encoding="utf-8-sig", errors="replace") as file:
+        first = file.readline().strip().rstrip(",;")  # what a spreadsheet adds
     if not first.startswith(_HEADER):
         raise ValueError(f"{path} begins with {first[:60]!r}; wanted {_HEADER!r}, as write_blacklist writes it.")
     return first.removeprefix(_HEADER)
@@ -124,7 +127,7 @@ def read_blacklist(path: str | Path, cells: CellImages) -> pd.DataFrame:
         raise ValueError(f"{path} was made from other data than {cells.source}: sha256 {made_from[:12]}... there, {here[:12]}... here. "
                          "Remedy: make the blacklist again from this data, read at the same size.")
     try:
-        table = pd.read_csv(path, skiprows=1)
+        table = pd.read_csv(path, skiprows=1, encoding="utf-8-sig")
     except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise ValueError(f"{path} is not a readable CSV ({error}).") from error
     return _check_findings(table, path, cells)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import hashlib
+import http.client
 import io
 import math
 import os
@@ -21,7 +22,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import cv2
@@ -96,6 +97,11 @@ def _check_images(images: np.ndarray, what: str) -> np.ndarray:
                          "Remedy: images = np.round(images * (255 if images.max() <= 1 else 1)).astype('uint8').")
     if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
         raise ValueError(f"{what}: images have shape {images.shape}; wanted (n, height, width, 3), RGB, n of at least 1.")
+    return images
+
+# %% ../nbs/00_data.ipynb #011df671
+def _check_range(images: np.ndarray, what: str) -> np.ndarray:
+    "For a whole source only: a few pictures may well be black."
     if images.max() <= 1:
         raise ValueError(f"{what}: no pixel is above 1, so these look like values 0..1 cast to uint8; wanted 0..255. "
                          "Remedy: multiply by 255 before the cast.")
@@ -229,7 +235,7 @@ def fit_image(image: Image.Image | np.ndarray, size: int = 96) -> np.ndarray:
     Parameters
     ----------
     image : PIL image, or ndarray of uint8 with shape (height, width, 3)
-        Photos of PBC's original size (both sides 350..380) go through the homework's crop and two resizes.
+        Photos of PBC's original size (both sides 350..380), if `size` is smaller, go through the homework's crop and two resizes.
     size : int
         Side of the result in pixels.
 
@@ -237,7 +243,7 @@ def fit_image(image: Image.Image | np.ndarray, size: int = 96) -> np.ndarray:
     -------
     ndarray of uint8, shape (size, size, 3)
     """
-    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    image = (image if isinstance(image, Image.Image) else Image.fromarray(image)).convert("RGB")  # first: PIL resizes palettes by nearest pixel
     original = image.width in _PBC_SIDES and image.height in _PBC_SIDES and size < min(image.size)
     side = _PBC_CROP if original else min(image.size)
     if image.size != (side, side):
@@ -245,7 +251,7 @@ def fit_image(image: Image.Image | np.ndarray, size: int = 96) -> np.ndarray:
         image = image.crop((left, top, left + side, top + side))
     if original:
         image = image.resize((_PBC_SIZE, _PBC_SIZE), Image.Resampling.BILINEAR)
-    return _resize(np.asarray(image.convert("RGB")), size)
+    return _resize(np.asarray(image), size)
 
 # %% ../nbs/00_data.ipynb #5583b552
 _PICTURE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
@@ -266,7 +272,7 @@ def _damage_named(path: Path):
         yield
     except (FileNotFoundError, PermissionError):
         raise
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError, UnicodeDecodeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, KeyError, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged or cut off ({error}); wanted a whole zip archive. Remedy: copy or download it again.") from error
 
 # %% ../nbs/00_data.ipynb #320658c9
@@ -277,7 +283,7 @@ def _check_not_encrypted(path: Path, files: Iterable[zipfile.ZipInfo]) -> None:
                          "give the folder.")
 
 def _zip_entries(path: Path) -> tuple[list[_Entry], list[str]]:
-    "The files of an archive, and the names of its folders that hold nothing."
+    "The files of an archive, and the names of its folders."
     with _damage_named(path):
         archive = zipfile.ZipFile(path)
     files = [info for info in archive.infolist() if not info.is_dir()]
@@ -289,25 +295,24 @@ def _zip_entries(path: Path) -> tuple[list[_Entry], list[str]]:
         if info.file_size > _MAX_FILE:
             raise ValueError(f"{path}: {info.filename} declares {info.file_size / 2**20:,.0f} MiB; wanted photos of at most "
                              f"{_MAX_FILE / 2**20:.0f} MiB each. Is this a photo archive?")
-    names = [info.filename for info in files]
-    empty = [d.filename for d in archive.infolist() if d.is_dir() and not any(name.startswith(d.filename) for name in names)]
-    return [_Entry(info.filename, partial(archive.read, info)) for info in files], empty
+    folders = {info.filename.rstrip("/") if info.is_dir() else info.filename.rpartition("/")[0] for info in archive.infolist()}
+    return [_Entry(info.filename, partial(archive.read, info)) for info in files], sorted(folders)
 
 def _folder_entries(path: Path) -> tuple[list[_Entry], list[str]]:
     found = [p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)]
-    files = [p for p in found if p.is_file()]
-    filled = {parent for p in files for parent in p.parents}
-    return [_Entry(p.relative_to(path).as_posix(), p.read_bytes) for p in files], [p.name for p in found if p.is_dir() and p not in filled]
+    folders = sorted(p.relative_to(path).as_posix() for p in found if p.is_dir())
+    return [_Entry(p.relative_to(path).as_posix(), p.read_bytes) for p in found if p.is_file()], folders
 
 # %% ../nbs/00_data.ipynb #b5e29828
+def _is_litter(name: str) -> bool:
+    return any(part.startswith(".") or part in ("__MACOSX", "Thumbs.db", "desktop.ini") for part in name.split("/"))
+
 def _pictures(entries: list[_Entry], where: str) -> list[_Entry]:
     "Those that should be pictures; the others are named in a warning, or are the litter of an operating system."
     kept, passed_over = [], []
     for entry in entries:
-        parts = entry.name.split("/")
-        if any(part.startswith(".") or part in ("__MACOSX", "Thumbs.db", "desktop.ini") for part in parts):
-            continue
-        (kept if Path(parts[-1]).suffix.lower() in _PICTURE_ENDINGS else passed_over).append(entry)
+        if not _is_litter(entry.name):
+            (kept if Path(entry.name).suffix.lower() in _PICTURE_ENDINGS else passed_over).append(entry)
     if passed_over:
         named = ", ".join(entry.name for entry in passed_over[:5])
         warnings.warn(f"{where}: passed over {len(passed_over)} file(s) that are not pictures: {named}", stacklevel=2)
@@ -340,6 +345,12 @@ def _decode(entry: _Entry, size: int, where: str) -> np.ndarray:
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{where}: {entry.name} is not a picture that can be read ({error}). Remedy: replace or remove the file.") from error
 
+def _check_folders(path: Path, folders: list[str], pictures: list[_Entry]) -> None:
+    filled = {str(parent) for picture in pictures for parent in PurePosixPath(picture.name).parents}
+    empty = [name for name in folders if name and name not in filled and not _is_litter(name)]
+    if empty:
+        raise ValueError(f"{path}: the folder {empty[0]!r} is empty of pictures; wanted at least one in each class folder. Remedy: fill it or remove it.")
+
 def _folder_label(entry: _Entry, where: Path) -> int:
     if not entry.folder:
         raise ValueError(f"{where}: {entry.name} lies beside the class folders; wanted it in one of them. Remedy: move it or remove it.")
@@ -350,18 +361,16 @@ def _folder_label(entry: _Entry, where: Path) -> int:
 
 def _read_pictures(path: Path, size: int) -> CellImages:
     "A folder or zip, read one picture at a time into an array made beforehand."
-    entries, empty = (_zip_entries if path.is_file() else _folder_entries)(path)
-    if empty:
-        raise ValueError(f"{path}: the folder {empty[0]!r} is empty; wanted at least one picture in each class folder. "
-                         "Remedy: fill it or remove it.")
+    entries, folders = (_zip_entries if path.is_file() else _folder_entries)(path)
     entries, index = _order(_pictures(entries, str(path)))
+    _check_folders(path, folders, entries)
     labelled = any(entry.folder for entry in entries)
     labels = np.array([_folder_label(entry, path) for entry in entries], np.uint8) if labelled else None
     images = np.empty((len(entries), size, size, 3), np.uint8)
     with _damage_named(path):
         for image, entry in zip(images, entries):
             image[...] = _decode(entry, size, str(path))
-    return CellImages(images, labels, index=index, source=str(path))
+    return CellImages(_check_range(images, str(path)), labels, index=index, source=str(path))
 
 # %% ../nbs/00_data.ipynb #11b38443
 def _npy_header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype, int]:
@@ -423,7 +432,7 @@ def _read_npz(path: Path, size: int, parts: tuple[str, ...] = ()) -> CellImages:
     pairs = _npz_keys(path, names, parts)
     every = _npz_keys(path, names, ())
     with _damage_named(path), _memory_named(path), np.load(path, allow_pickle=False) as archive:
-        arrays = [_check_images(archive[key], f"{path} {key}") for key, _ in pairs]
+        arrays = [_check_range(_check_images(archive[key], f"{path} {key}"), f"{path} {key}") for key, _ in pairs]
         labels = [_check_labels(archive[key], len(images), f"{path} {key}") if key in names else None for images, (_, key) in zip(arrays, pairs)]
         lengths = [math.prod(_npy_header(archive.zip, f"{key}.npy")[0][:1]) for key, _ in every]
     if len({images.shape[1:] for images in arrays}) > 1 or len({item is None for item in labels}) > 1:
@@ -476,7 +485,7 @@ def download(url: str, path: str | Path, md5: str, timeout: float = 30) -> Path:
     url : str
         Where it is. Servers that know `Range` requests let a broken download go on.
     path : path
-        Where it goes. If it is there already, nothing is fetched. What has come so far lies beside it as `NAME.part`.
+        Where it goes. If it is there already, it is checked, and nothing is fetched. What has come so far lies beside it as `NAME.part`.
     md5 : str
         Checksum of the whole file, 32 hexadecimal digits.
     timeout : float
@@ -491,13 +500,15 @@ def download(url: str, path: str | Path, md5: str, timeout: float = 30) -> Path:
     """
     path = Path(path)
     if path.exists():
-        return path
+        if (got := _md5(path)) == md5:
+            return path
+        raise ValueError(f"{path} has MD5 {got}; wanted {md5}, so it is not the file that {url} gives. Remedy: delete it and call again.")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     if not (part.exists() and _md5(part) == md5):
         try:
             _append(url, part, timeout)
-        except OSError as error:  # URLError, HTTPError, time-outs and broken connections are all OSErrors
+        except (OSError, http.client.HTTPException) as error:  # URLError, HTTPError, time-outs and most broken connections are OSErrors
             if isinstance(error, urllib.error.HTTPError) and error.code == 416:  # more bytes on disk than there are
                 part.unlink()
             raise ConnectionError(f"could not fetch {url} ({error}). Remedy: check the network and call again (it goes on where it "

@@ -154,7 +154,7 @@ def _with_imagenet(name: str, row: Backbone, image_size: int) -> keras.Model:
     except Exception as error:  # Keras raises a bare Exception for a failed download, and h5py an OSError for a damaged file
         folder = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras")) / "models"
         raise ConnectionError(
-            f"Keras could not get the ImageNet weights of {name} ({error}). Remedy: give weights none (-p weights none) to train from random "
+            f"Keras could not get the ImageNet weights of {name} ({error}). Remedy: give weights none (-p weights none, in small letters) to train from random "
             f"weights, or a file (-p weights FILE.h5), or put Keras' own file whole into {folder}.") from error
 
 def _with_file(name: str, backbone: keras.Model | None, path: Path) -> keras.Model:

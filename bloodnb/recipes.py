@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ __all__ = ['FROM_SCRATCH', 'RECIPES', 'TRAIN_PARAMETERS', 'Recipe', 'recipe_fiel
 # %% ../nbs/09_recipes.ipynb #2a7ce894
 def _number(kind: type, low: float, high: float, high_open: bool = False) -> Callable[[Any], Any]:
     def check(value):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or kind(value) != value:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or kind(value) != value:
             raise ValueError(f"wanted {'a whole number' if kind is int else 'a number'}")
         if not low <= value <= high or (high_open and value == high):
             raise ValueError(f"wanted {low:g} to {high:g}{' (below)' if high_open else ''}")

@@ -9,6 +9,7 @@ import ast
 import atexit
 import contextlib
 import glob
+import hashlib
 import json
 import os
 import platform
@@ -33,9 +34,9 @@ import bloodnb
 from .data import CellImages, find_source, unknown_name
 
 # %% auto #0
-__all__ = ['library_versions', 'git_revision', 'device_name', 'peak_memory', 'Run', 'start_run', 'default_output', 'split_table',
-           'write_predictions', 'save_figure', 'finish_run', 'show_folder', 'check_parameters', 'executed_notebook',
-           'notice']
+__all__ = ['library_versions', 'git_revision', 'device_name', 'peak_memory', 'Run', 'start_run', 'file_sha256', 'default_output',
+           'split_table', 'write_predictions', 'save_figure', 'finish_run', 'show_folder', 'check_parameters',
+           'executed_notebook', 'notice']
 
 # %% ../nbs/10_runs.ipynb #dee4f21c
 _PACKAGES = ("bloodnb", "keras", "tensorflow", "torch", "jax", "numpy", "scikit-learn", "opencv-python-headless", "pillow", "pandas", "papermill")
@@ -104,11 +105,18 @@ def _check_output(output: Path, partial: Path, overwrite: bool) -> None:
         raise FileExistsError(f"output {output} is being written by another run (process {busy}); wanted a folder of its own for each run. "
                               "Remedy: another -p output, or wait for that run.")
 
+def _was_alive(pid: int, moment: float) -> bool:
+    "Whether the process runs and already ran at `moment` (seconds since 1970): a later one has only inherited the number."
+    try:
+        return psutil.Process(pid).create_time() <= moment
+    except psutil.Error:
+        return False
+
 def _remove_stale(output: Path) -> int | None:
     "Remove partial folders of this output whose process is gone, or is this one; the number of a process that is still at work."
     for partial in output.parent.glob(f"{glob.escape(output.name)}.partial-*"):
         pid = partial.name.rpartition("-")[2]
-        if pid.isdigit() and int(pid) != os.getpid() and psutil.pid_exists(int(pid)):
+        if pid.isdigit() and int(pid) != os.getpid() and _was_alive(int(pid), partial.stat().st_mtime):
             return int(pid)
         if pid.isdigit():
             shutil.rmtree(partial, ignore_errors=True)
@@ -198,6 +206,13 @@ def start_run(output: str | Path, overwrite: bool = False) -> Run:
     return Run(output, partial)
 
 # %% ../nbs/10_runs.ipynb #43a7b17e
+def file_sha256(path: str | Path) -> str | None:
+    """SHA-256 of a file as 64 hexadecimal digits; None if there is no such file."""
+    if not Path(path).is_file():
+        return None
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
 def default_output(name: str) -> Path:
     """Where a run goes that was given no output: `_runs/NAME-YEAR-MONTH-DAY-TIME` in the current folder, local time."""
     return Path("_runs") / f"{name}-{datetime.now():%Y-%m-%d-%H%M%S}"
@@ -219,7 +234,7 @@ def _write_json(path: Path, value: Any) -> None:
 def split_table(cells: CellImages, parts: dict[str, Iterable[int]]) -> pd.DataFrame:
     """Which image is in which part, as `split.csv` keeps it: index, label (class name), part ("dropped" for images in none)."""
     part_of = {int(index): name for name, members in parts.items() for index in members}
-    labels = ["" if cells.labels is None else cells.class_names[label] for label in (cells.labels if cells.labels is not None else cells.index)]
+    labels = [""] * len(cells) if cells.labels is None else np.array(cells.class_names)[cells.labels]
     return pd.DataFrame({"index": cells.index, "label": labels, "part": [part_of.get(int(i), "dropped") for i in cells.index]})
 
 def write_predictions(path: Path, **parts: tuple[CellImages, np.ndarray]) -> None:

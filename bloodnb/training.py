@@ -259,8 +259,8 @@ def predict(model: keras.Model, images: np.ndarray, batch_size: int = 128) -> np
     -------
     ndarray of float32, shape (n, n_classes) for a classifier, or (n, channels)
     """
-    batches = Batches(images, np.zeros(len(images), int), batch_size=batch_size)
-    return np.concatenate([keras.ops.convert_to_numpy(model.predict_on_batch(batches[i][0])) for i in range(len(batches))]).astype(np.float32)
+    batches = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
+    return np.concatenate([keras.ops.convert_to_numpy(model.predict_on_batch(batch)) for batch in batches]).astype(np.float32)
 
 def _fit(model, train, val, *, epochs, learning_rate, optimizer, schedule, loss, label_smoothing, patience, table, phase):
     "Compile and fit one phase; early stopping brings back the best epoch's weights."

@@ -99,6 +99,13 @@ def test_sidebar_lists_every_notebook():
     assert not listed - present, f"the sidebar in _quarto.yml lists notebooks that do not exist: {sorted(listed - present)}. Remove them there."
 
 
+def test_nbdev_yml_is_what_nbdev_writes(sources):
+    shutil.copy(ROOT / "_quarto.yml", sources)
+    run = subprocess.run([sys.executable, "-c", "from nbdev.quarto import refresh_quarto_yml; refresh_quarto_yml()"], cwd=sources, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert (sources / "nbdev.yml").read_text() == (ROOT / "nbdev.yml").read_text(), "nbdev.yml is not what settings.ini gives. Run make docs, and commit it."
+
+
 def test_versions_agree():
     settings = configparser.ConfigParser()
     settings.read(ROOT / "settings.ini")
