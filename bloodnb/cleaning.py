@@ -112,6 +112,7 @@ def blacklist_sha256(path: str | Path) -> str:
         raise ValueError(f"{path} begins with {first[:60]!r}; wanted {_HEADER!r}, as write_blacklist writes it.")
     return first.removeprefix(_HEADER)
 
+# %% ../nbs/02_cleaning.ipynb #692da823
 def read_blacklist(path: str | Path, cells: CellImages) -> pd.DataFrame:
     """Read findings that `write_blacklist` wrote for the same data.
 

@@ -57,6 +57,7 @@ def _check_predictions(y_true, y_prob, class_names) -> tuple[np.ndarray, np.ndar
         raise ValueError(f"y_prob has shape {y_prob.shape}{'' if np.isfinite(y_prob).all() else ' and values that are no numbers'}; wanted finite ({n}, {k}).")
     return y_true, y_prob
 
+# %% ../nbs/06_evaluation.ipynb #29d83485
 def evaluate(y_true: np.ndarray, y_prob: np.ndarray, class_names: Sequence[str] = CLASS_NAMES, n_bootstrap: int = 2000, seed: int = 0) -> dict:
     """Scores of a classifier, with 95 % intervals, as a dictionary that goes into `metrics.json`.
 

@@ -60,6 +60,7 @@ def git_revision(folder: str | Path | None = None) -> str | None:
     changed = git("status", "--porcelain", "--untracked-files=no")
     return f"{git('rev-parse', 'HEAD')}{'+changes' if changed else ''}"
 
+# %% ../nbs/10_runs.ipynb #4bc131bb
 def device_name() -> str:
     """What Keras computes on: the accelerator's name, or the number of CPU cores and the processor's architecture."""
     import keras
@@ -167,6 +168,7 @@ class Run:
         """Remove what was written; nothing happens after `finish_run`."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
+# %% ../nbs/10_runs.ipynb #af9a1944
 def _abandon_when_terminated(run: Run) -> None:
     "Abandon `run` on SIGTERM too: Jupyter sends it to a kernel that is slow to stop after Ctrl-C, and by itself it skips atexit."
     if threading.current_thread() is not threading.main_thread():  # only the main thread may take signals
@@ -183,6 +185,7 @@ def _abandon_when_terminated(run: Run) -> None:
 def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
+# %% ../nbs/10_runs.ipynb #49ce4e2d
 def start_run(output: str | Path, overwrite: bool = False) -> Run:
     """Begin a run that will leave the folder `output`.
 
@@ -323,6 +326,7 @@ def check_parameters(sources: Sequence[str], names: Iterable[str]) -> None:
             if name not in names:
                 raise ValueError(unknown_name("parameter", name, [n for n in names if not n.startswith("PAPERMILL")]))
 
+# %% ../nbs/10_runs.ipynb #6b0cf9fc
 def executed_notebook(path: str | None = None) -> Path | None:
     """The notebook that papermill is writing: `path` if given (papermill's --inject-paths), else read off papermill's command line.
 
