@@ -359,7 +359,6 @@ def train_classifier(
 def plot_history(history: pd.DataFrame) -> Figure:
     """Loss and accuracy by epoch, both phases in a row, from what `train_classifier` returns (or a run's `history.csv`)."""
     fig = plt.figure(figsize=(9, 3), layout="constrained")
-
     plt.close(fig)  # out of pyplot's hands, or a notebook would show it twice
     steps = np.arange(1, len(history) + 1)
     for ax, key in zip(fig.subplots(1, 2), ("loss", "accuracy")):
