@@ -17,7 +17,7 @@ from nbclient import NotebookClient
 from papermill import execute_notebook
 
 ROOT = Path(__file__).resolve().parent.parent
-DEMO = {"recipe": "demo"}
+DEMO = {"train.ipynb": {"recipe": "demo"}}
 # TensorFlow's start-up lines go to stderr whatever its settings (tensorflow issue 100442), with process ids in them.
 NOISE = re.compile(r"absl::InitializeLog|^[IWE]0000 ", re.M)
 
@@ -31,7 +31,7 @@ def run_library(path: Path):
 def run_job(path: Path):
     notebook = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory() as folder:
-        done = execute_notebook(path, None, {**DEMO, "output": "_runs/demo"}, cwd=folder, kernel_name="python3", progress_bar=False)
+        done = execute_notebook(path, None, {**DEMO.get(path.name, {}), "output": "_runs/demo"}, cwd=folder, kernel_name="python3", progress_bar=False)
     cells = [cell for cell in done.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
     for cell, ran in zip(notebook.cells, cells, strict=True):
         if cell.cell_type == "code":

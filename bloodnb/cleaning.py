@@ -5,81 +5,350 @@
 # %% ../nbs/02_cleaning.ipynb #6aa2e2f5
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .data import CellImages, drop, identical_groups, sha256, take, unknown_name
+from .data import CellImages, class_label, counts, drop, sha256, take, unknown_name
+from .duplicates import find_duplicates, find_near_duplicates, near_groups
+from .exploration import cell_masks, colour_texture, embed, map_images, oddness, plot_map
 
 # %% auto #0
-__all__ = ['CLEANINGS', 'find_duplicates', 'clean', 'write_blacklist', 'blacklist_sha256', 'read_blacklist', 'apply_blacklist',
-           'show_groups']
+__all__ = ['CLEANINGS', 'BACKGROUNDS', 'find_contaminants', 'find_similar', 'find_outliers', 'plot_bounds', 'show_findings',
+           'combine', 'check_cleaning', 'find_all', 'drop_findings', 'clean', 'findings_table', 'summarize',
+           'plot_findings_map', 'remove_background', 'set_background', 'write_blacklist', 'blacklist_sha256',
+           'read_blacklist', 'apply_blacklist']
 
-# %% ../nbs/02_cleaning.ipynb #a129d410
-def find_duplicates(cells: CellImages, max_copies: int = 3) -> pd.DataFrame:
-    """Find images that occur more than once, pixel for pixel, and say which to keep.
+# %% ../nbs/02_cleaning.ipynb #eff1a694
+_FAR, _FAR_FEATURES = 5.0, 2.7  # oddness from which on a picture is no cell: by colour and texture, by a network's features; chosen on homework_96
+_FEW = 30  # fewer different pictures than this do not tell what is usual
+
+def find_contaminants(cells: CellImages, features: np.ndarray | None = None, threshold: float | None = None, groups: np.ndarray | None = None) -> pd.DataFrame:
+    """Find images that are far from all others, with their copies.
 
     Parameters
     ----------
     cells : CellImages
-    max_copies : int
-        A group with more images than this is taken for planted, and none of it is kept.
+        Sets of fewer than 30 different images give no findings: too few to tell what is usual.
+    features : ndarray of float, shape (n, d), optional
+        To compare the images by, e.g. `bloodnb.models.image_features(cells.images, feature_extractor(stride=4))`; rows are brought to length 1. By default
+        `bloodnb.exploration.colour_texture`.
+    threshold : float, optional
+        `bloodnb.exploration.oddness` from which on an image is a contaminant; by default 5 for colour and texture, 2.7 for `features`.
+    groups : ndarray of int, shape (n,), optional
+        For each image the position of the first of its copies, if they are known (`bloodnb.duplicates.near_groups`).
 
     Returns
     -------
     DataFrame
-        Findings, a row per image of a group of two or more, by index: `index` (source position), `kind` ("exact duplicate",
-        "label conflict" or "planted"), `score` (images in the group), `group` (index of its first image), `kept` (bool).
-        Without labels there are no label conflicts.
+        Findings of the kind "contaminant"; the score is the oddness, the group that of the copies; none is kept.
     """
-    groups = identical_groups(cells.images)
-    labels = np.zeros(len(cells), np.uint8) if cells.labels is None else cells.labels
-    table = pd.DataFrame({"index": cells.index, "group": cells.index[groups], "label": labels})
-    by_group = table.groupby("group")
-    size, n_labels = by_group["index"].transform("size"), by_group["label"].transform("nunique")
-    table["kind"] = np.select([n_labels > 1, size > max_copies], ["label conflict", "planted"], "exact duplicate")
-    table["score"] = size.astype(float)
-    table["kept"] = (table["kind"] == "exact duplicate") & (table["index"] == table["group"])
-    return table.loc[size > 1, ["index", "kind", "score", "group", "kept"]].sort_values("index", ignore_index=True)
+    if features is not None and (np.ndim(features) != 2 or len(features) != len(cells)):
+        raise ValueError(f"features have shape {np.shape(features)}; wanted a row for each of the {len(cells)} images.")
+    groups = near_groups(cells.images)[0] if groups is None else groups
+    single = np.unique(groups)
+    if len(single) < _FEW:
+        return _findings(cells, np.empty(0, int), "contaminant", np.empty(0))
+    if features is None:
+        rows, usual = colour_texture(cells.images[single] if len(single) < len(cells) else cells.images), _FAR
+    else:
+        rows, usual = np.asarray(features, np.float32)[single], _FAR_FEATURES
+        rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
+    odd = oddness(rows)
+    score = odd[np.searchsorted(single, groups)]
+    return _findings(cells, np.flatnonzero(score > (usual if threshold is None else threshold)), "contaminant", score, cells.index[groups])
+
+def _findings(cells: CellImages, at: np.ndarray, kind: str, score: np.ndarray, group: np.ndarray | None = None) -> pd.DataFrame:
+    "Findings for the images at these positions, none of them kept; score and group have a value for each image of the set."
+    group = cells.index if group is None else group
+    return pd.DataFrame({"index": cells.index[at], "kind": kind, "score": np.asarray(score, float)[at], "group": group[at],
+                         "kept": np.zeros(len(at), bool)}).sort_values("index", ignore_index=True)
 
 # %% ../nbs/02_cleaning.ipynb #3118f0c4
-CLEANINGS = {
+def find_similar(cells: CellImages, features: np.ndarray, references: Sequence[int], threshold: float = 0.8) -> pd.DataFrame:
+    """Find images like some that are known to be junk, by the cosine of their features.
+
+    Parameters
+    ----------
+    cells : CellImages
+    features : ndarray of float, shape (n, d)
+        E.g. `bloodnb.models.image_features(cells.images, feature_extractor("VGG16", layer="fc1"))`, as in one report.
+    references : sequence of int
+        Indices (of `cells.index`) of the known junk.
+    threshold : float
+        Cosine above which an image is junk too, -1..1.
+
+    Returns
+    -------
+    DataFrame
+        Findings of the kind "like a reference", the references among them; the score is the cosine with the most similar reference, the
+        group that reference's index; none is kept.
+
+    Raises
+    ------
+    ValueError
+        If no reference is given, or one is not in the set.
+    """
+    references = np.asarray(references, np.int64).reshape(-1)
+    if not len(references):
+        raise ValueError("no references given; wanted the index of at least one picture that is known to be junk.")
+    if np.ndim(features) != 2 or len(features) != len(cells):
+        raise ValueError(f"features have shape {np.shape(features)}; wanted a row for each of the {len(cells)} images.")
+    known = take(cells, references).index
+    rows = np.asarray(features, np.float32)
+    rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
+    cosine = rows @ rows[[int(np.flatnonzero(cells.index == index)[0]) for index in known]].T
+    best = cosine.max(axis=1)
+    return _findings(cells, np.flatnonzero(best > threshold), "like a reference", best, known[cosine.argmax(axis=1)])
+
+# %% ../nbs/02_cleaning.ipynb #2dddd9d5
+def _moments(images: np.ndarray) -> np.ndarray:
+    "Mean and standard deviation of the pixels of each image, 0..255, float (n, 2)."
+    return map_images(lambda image: np.array([image.mean(), image.std()]), images).astype(float)
+
+def _bounds(values: np.ndarray, alpha: float, robust: bool) -> tuple[np.ndarray, np.ndarray]:
+    "Center and permitted distance from it for each column."
+    if not robust:
+        return values.mean(axis=0), alpha * values.std(axis=0)
+    values = np.unique(values, axis=0)  # copies are no further evidence of what is usual
+    center = np.median(values, axis=0)
+    return center, alpha * 1.4826 * np.median(np.abs(values - center), axis=0)
+
+def find_outliers(cells: CellImages, alpha: float = 3.0, robust: bool = False) -> pd.DataFrame:
+    """Find images whose mean or standard deviation of pixels is unusual for their class.
+
+    Parameters
+    ----------
+    cells : CellImages
+        Without labels all images count as one class.
+    alpha : float
+        Permitted distance from the class's centre, in standard deviations of the class.
+    robust : bool
+        Median and median absolute deviation (times 1.4826) of the class's different images, instead of mean and standard deviation of all.
+
+    Returns
+    -------
+    DataFrame
+        Findings of the kind "outlier"; the score is the larger of the two distances in the class's standard deviations; none is kept.
+    """
+    if not alpha > 0:
+        raise ValueError(f"alpha is {alpha}; wanted a number of standard deviations above 0.")
+    values, score = _moments(cells.images), np.zeros(len(cells))
+    labels = np.zeros(len(cells), int) if cells.labels is None else cells.labels
+    for label in np.unique(labels):
+        center, room = _bounds(values[labels == label], 1.0, robust)
+        score[labels == label] = (np.abs(values[labels == label] - center) / np.maximum(room, 1e-9)).max(axis=1)
+    return _findings(cells, np.flatnonzero(score > alpha), "outlier", score)
+
+# %% ../nbs/02_cleaning.ipynb #0e02e1d4
+def plot_bounds(cells: CellImages, class_name: str, alpha: float = 3.0, ax: Axes | None = None) -> Figure:
+    """Mean and standard deviation of each image of a class, and what the two rules of `find_outliers` permit."""
+    if cells.labels is None:
+        raise ValueError(f"{cells.source} has no labels, so there are no classes; wanted a labelled source.")
+    label = class_label(class_name)
+    if label not in cells.labels:
+        raise ValueError(f"{cells.source} has no {class_name}; wanted a class that it has.")
+    values = _moments(cells.images[cells.labels == label])
+    fig = ax.figure if ax is not None else plt.figure(figsize=(6.5, 4.6), layout="constrained")
+    if ax is None:
+        plt.close(fig)  # out of pyplot's hands, or a notebook would show it twice
+        ax = fig.subplots()
+    places, times = np.unique(values, axis=0, return_counts=True)
+    ax.scatter(*places.T, s=6 + 4 * np.sqrt(times - 1), alpha=0.5, color="0.3", label=f"{cells.class_names[label]} ({len(values):,} images)")
+    for robust, colour, name in ((False, "tab:red", "mean, deviation"), (True, "tab:blue", "median, MAD")):
+        center, room = _bounds(values, alpha, robust)
+        ax.add_patch(plt.Rectangle(center - room, *(2 * room), fill=False, edgecolor=colour, lw=2, label=f"{name}, alpha {alpha:g}"))
+        ax.plot(*center, "+", color=colour, ms=12, mew=2)
+    ax.set(xlabel="mean of the pixels", ylabel="standard deviation of the pixels")
+    ax.legend(fontsize=8)
+    return fig
+
+# %% ../nbs/02_cleaning.ipynb #59fd797a
+def show_findings(cells: CellImages, findings: pd.DataFrame, n: int = 32, columns: int = 8) -> Figure:
+    """One dropped picture of each group of findings: the largest groups first, then by score, with kind, score and number of images.
+
+    Parameters
+    ----------
+    cells : CellImages
+        The images that the findings speak of.
+    findings : DataFrame
+        From any detector, or several together.
+    n, columns : int
+        Pictures at most, and in a row.
+    """
+    gone = findings[~findings["kept"]].sort_values(["score", "index"], ascending=[False, True])
+    groups = gone.groupby("group", sort=False).agg(example=("index", "first"), kind=("kind", "first"), score=("score", "max"), images=("index", "nunique"))
+    groups = groups.sort_values(["images", "score"], ascending=False, kind="stable").head(n)
+    rows = max(1, -(-len(groups) // columns))
+    fig = plt.figure(figsize=(1.25 * columns, 1.6 * rows), layout="constrained")
+    plt.close(fig)
+    axes = fig.subplots(rows, columns, squeeze=False).ravel()
+    for ax in axes:
+        ax.axis("off")
+    for ax, row in zip(axes, groups.itertuples()):
+        ax.imshow(take(cells, [row.example]).images[0])
+        many = f", {row.images} times" if row.images > 1 else ""
+        ax.set_title(f"{row.example}{many}\n{row.kind} {row.score:.2g}", fontsize=7, pad=2)
+    return fig
+
+# %% ../nbs/02_cleaning.ipynb #aac42f1b
+def combine(*findings: pd.DataFrame, at_least: int = 1) -> pd.DataFrame:
+    """Findings of several detectors as one.
+
+    Parameters
+    ----------
+    *findings : DataFrame
+        From detectors on the same images.
+    at_least : int
+        How many of the detectors must drop an image; what fewer drop is left out.
+
+    Returns
+    -------
+    DataFrame
+        All findings, by index and kind; an image may be in several rows.
+    """
+    if not 1 <= at_least <= len(findings):
+        raise ValueError(f"at_least is {at_least} with {len(findings)} findings; wanted 1 to their number.")
+    votes = pd.concat([found.loc[~found["kept"], "index"].drop_duplicates() for found in findings]).value_counts()
+    agreed = set(votes.index[votes >= at_least])
+    table = pd.concat([found for found in findings if len(found)] or [findings[0]])
+    return table[table["kept"] | table["index"].isin(agreed)].sort_values(["index", "kind"], kind="stable", ignore_index=True)
+
+# %% ../nbs/02_cleaning.ipynb #4470115d
+def _standard(cells: CellImages, features: np.ndarray | None = None) -> pd.DataFrame:
+    "Near copies and contaminants; the groups of copies are looked for once."
+    copies = find_near_duplicates(cells)
+    groups = pd.Series(cells.index, index=cells.index)
+    groups[copies["index"]] = copies["group"].to_numpy()
+    position = pd.Series(np.arange(len(cells)), index=cells.index)
+    return combine(copies, find_contaminants(cells, features, groups=position[groups.to_numpy()].to_numpy()))
+
+CLEANINGS: dict[str, Callable[[CellImages], pd.DataFrame]] = {
+    "standard": _standard,
     "none": lambda cells: find_duplicates(cells).iloc[:0],
     "exact": find_duplicates,
+    "near": find_near_duplicates,
+    "contaminants": find_contaminants,
+    "mean_std": find_outliers,
+    "median_mad": lambda cells: find_outliers(cells, alpha=4.0, robust=True),
 }
 
-def clean(cells: CellImages, cleaning: str = "exact") -> tuple[CellImages, pd.DataFrame]:
-    """Drop what a cleaning finds.
+def check_cleaning(cleaning: str) -> str:
+    """The name of a cleaning as `clean` takes it, e.g. "near+mean_std"; ValueError with the nearest names if there is none of a part's name."""
+    for name in str(cleaning).split("+"):
+        if name not in CLEANINGS:
+            raise ValueError(unknown_name("cleaning", name, CLEANINGS))
+    return str(cleaning)
+
+# %% ../nbs/02_cleaning.ipynb #fe4d2571
+def find_all(cells: CellImages, cleaning: str = "standard", features: np.ndarray | None = None, references: Sequence[int] = (),
+             reference_features: np.ndarray | None = None, similarity: float = 0.8) -> pd.DataFrame:
+    """What a cleaning finds, and what is like pictures that are known to be junk.
 
     Parameters
     ----------
     cells : CellImages
     cleaning : str
-        A key of `CLEANINGS`: "none", or "exact" for identical images (`find_duplicates`).
+        Keys of `CLEANINGS`, joined by "+": "standard" (near copies, and what is unlike any cell), "near" (`find_near_duplicates`), "exact"
+        (`find_duplicates`), "contaminants" (`find_contaminants`), "mean_std" and "median_mad" (`find_outliers` with alpha 3 and 4), "none".
+    features : ndarray of float, shape (n, d), optional
+        What "standard" and "contaminants" compare the images by, instead of colour and texture.
+    references : sequence of int
+        Indices of known junk, for `find_similar`.
+    reference_features, similarity
+        Its features and threshold.
 
     Returns
     -------
-    CellImages, DataFrame
-        The images that stay, and the findings (index, kind, score, group, kept).
+    DataFrame
+        Findings (index, kind, score, group, kept).
 
     Raises
     ------
     ValueError
-        If the cleaning is unknown, or would leave no image.
+        If the cleaning is unknown, or a reference is not in the set.
     """
-    if cleaning not in CLEANINGS:
-        raise ValueError(unknown_name("cleaning", cleaning, CLEANINGS))
-    findings = CLEANINGS[cleaning](cells)
-    return _without(cells, findings), findings
+    def find(name: str) -> pd.DataFrame:
+        return CLEANINGS[name](cells, features) if features is not None and name in ("standard", "contaminants") else CLEANINGS[name](cells)
 
-def _without(cells: CellImages, findings: pd.DataFrame) -> CellImages:
-    gone = findings.loc[~findings["kept"], "index"].unique()  # an image may have several findings; one that drops it is enough
+    found = [find(name) for name in check_cleaning(cleaning).split("+")]
+    if len(references):
+        found.append(find_similar(cells, reference_features, references, similarity))
+    return combine(*found)
+
+def drop_findings(cells: CellImages, findings: pd.DataFrame) -> CellImages:
+    """The images that findings leave; one finding that drops an image is enough. ValueError if none is left."""
+    gone = findings.loc[~findings["kept"], "index"].unique()
     if len(gone) == len(cells):
         raise ValueError(f"{cells.source}: cleaning would drop all {len(cells)} images; wanted some to stay. Remedy: cleaning none, or look at the findings.")
     return drop(cells, gone)
+
+def clean(cells: CellImages, cleaning: str = "standard", features: np.ndarray | None = None) -> tuple[CellImages, pd.DataFrame]:
+    """Drop what a cleaning finds (see `find_all` for parameters and errors); returns the images that stay, and the findings."""
+    findings = find_all(cells, cleaning, features)
+    return drop_findings(cells, findings), findings
+
+# %% ../nbs/02_cleaning.ipynb #14a0191d
+def findings_table(findings: pd.DataFrame) -> pd.DataFrame:
+    """Findings by kind: images, groups, and images dropped and kept; the last row counts each image once."""
+    kinds = {kind: findings[findings["kind"] == kind] for kind in sorted(set(findings["kind"]))}
+    rows = {name: {"images": part["index"].nunique(), "groups": part["group"].nunique(),
+                   "dropped": part.loc[~part["kept"], "index"].nunique()} for name, part in {**kinds, "any": findings}.items()}
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("kind")
+    return table.assign(kept=table["images"] - table["dropped"])
+
+def summarize(cells: CellImages, findings: pd.DataFrame) -> dict:
+    """Numbers of a cleaning for `metrics.json`: n, dropped, by kind, and images per class before and after."""
+    table, left = findings_table(findings), drop_findings(cells, findings)
+    summary = {"n": len(cells), "dropped": int(table.at["any", "dropped"]), "left": len(left),
+               "kinds": {kind: {name: int(value) for name, value in row.items()} for kind, row in table.drop("any").iterrows()}}
+    return summary | ({} if cells.labels is None else {"per_class": {"before": counts(cells), "after": counts(left)}})
+
+def plot_findings_map(cells: CellImages, findings: pd.DataFrame, n: int = 30) -> Figure:
+    """The map of all images by colour and texture (`bloodnb.exploration.plot_map`), with pictures of what is dropped but is no mere copy."""
+    own = findings[~findings["kept"] & ~findings["kind"].str.contains("duplicate")].sort_values("score", ascending=False)
+    shown = own.drop_duplicates("group")["index"].head(n)
+    features = colour_texture(cells.images)
+    return plot_map(cells, embed(features) if len(cells) >= 4 else features[:, :2], shown)
+
+# %% ../nbs/02_cleaning.ipynb #9201f89c
+BACKGROUNDS = ("keep", "remove", "center")
+
+def remove_background(images: np.ndarray, blur: float = 2.0, center: bool = False, fill: int = 255) -> np.ndarray:
+    """Paint over everything that is no stained cell.
+
+    Parameters
+    ----------
+    images : ndarray of uint8, shape (n, height, width, 3)
+        RGB, 0..255.
+    blur, center
+        See `bloodnb.exploration.cell_masks`.
+    fill : int
+        Value of the painted pixels in all channels, 0..255.
+
+    Returns
+    -------
+    ndarray of uint8, shape (n, height, width, 3)
+        New images; those of one colour come back as they are.
+    """
+    if not 0 <= fill <= 255:
+        raise ValueError(f"fill is {fill}; wanted a pixel value of 0 to 255.")
+    masks = cell_masks(images, blur, center)
+    masks[~masks.any(axis=(1, 2))] = True
+    return np.where(masks[..., None], images, np.uint8(fill))
+
+def set_background(cells: CellImages, background: str = "keep") -> CellImages:
+    """The cells with their background as a recipe wants it: "keep", "remove", or "center" for the middle piece alone (see `remove_background`)."""
+    if background not in BACKGROUNDS:
+        raise ValueError(unknown_name("background", background, BACKGROUNDS))
+    if background == "keep":
+        return cells
+    return CellImages(remove_background(cells.images, center=background == "center"), cells.labels, cells.class_names, cells.index, cells.source)
 
 # %% ../nbs/02_cleaning.ipynb #4bfa076b
 _HEADER = "# bloodnb blacklist for data with sha256 "
@@ -146,37 +415,4 @@ def _check_findings(table: pd.DataFrame, path: str | Path, cells: CellImages) ->
 def apply_blacklist(cells: CellImages, path: str | Path) -> tuple[CellImages, pd.DataFrame]:
     """Drop what a blacklist file says (see `read_blacklist` for errors); returns the images that stay, and the findings."""
     findings = read_blacklist(path, cells)
-    return _without(cells, findings), findings
-
-# %% ../nbs/02_cleaning.ipynb #e20350d6
-def show_groups(cells: CellImages, findings: pd.DataFrame, n: int = 6, copies: int = 8) -> Figure:
-    """Show the largest groups of findings, a row each; a red cross marks what is dropped.
-
-    Parameters
-    ----------
-    cells : CellImages
-        The images that the findings speak of.
-    findings : DataFrame
-        From `find_duplicates`.
-    n, copies : int
-        Rows, and images of a row, at most.
-    """
-    largest = findings.groupby("group").size().sort_values(ascending=False, kind="stable").index[:n]
-    fig = plt.figure(figsize=(1.1 * copies, 1.35 * max(1, len(largest))), layout="constrained")
-    plt.close(fig)  # out of pyplot's hands, or a notebook would show it twice
-    axes = fig.subplots(max(1, len(largest)), copies, squeeze=False)
-    for ax in axes.flat:
-        ax.axis("off")
-    for row, group in zip(axes, largest):
-        members = findings[findings["group"] == group]
-        _show_group(row, cells, members)
-        row[0].text(0, 1.22, f"{len(members)} images, {members['kind'].iloc[0]}", transform=row[0].transAxes, fontsize=9, weight="bold").set_in_layout(False)
-    return fig
-
-def _show_group(axes, cells: CellImages, members: pd.DataFrame) -> None:
-    shown = take(cells, members["index"].to_numpy()[: len(axes)])
-    for ax, image, index, kept, i in zip(axes, shown.images, shown.index, members["kept"], range(len(shown))):
-        ax.imshow(image)
-        ax.set_title(str(index) if shown.labels is None else f"{index} {shown.class_names[shown.labels[i]][:5]}", fontsize=7, pad=2)
-        if not kept:
-            ax.plot([0, 1], [0, 1], [0, 1], [1, 0], color="red", lw=1, transform=ax.transAxes)
+    return drop_findings(cells, findings), findings

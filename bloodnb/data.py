@@ -682,7 +682,23 @@ def _share(groups: np.ndarray, labels: np.ndarray, fraction: float, seed: int) -
     return train_test_split(groups, test_size=fraction, stratify=labels, random_state=seed)
 
 # %% ../nbs/00_data.ipynb #d18030cf
-def split(cells: CellImages, val: float = 0.15, test: float = 0.15, seed: int = 0) -> Split:
+def _joined(cells: CellImages, groups: np.ndarray | None) -> np.ndarray:
+    "For each image the position of the first that it must stay with: identical ones, and those of the same group."
+    exact = identical_groups(cells.images)
+    if groups is None:
+        return exact
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    if np.shape(groups) != (len(cells),):
+        raise ValueError(f"groups have shape {np.shape(groups)}; wanted one for each of the {len(cells)} images.")
+    _, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
+    each, ties = np.arange(len(cells)), np.concatenate([exact, first[inverse]])
+    _, names = connected_components(coo_array((np.ones(len(ties)), (ties, np.tile(each, 2))), shape=(len(cells),) * 2), directed=False)
+    _, first, inverse = np.unique(names, return_index=True, return_inverse=True)
+    return first[inverse]
+
+def split(cells: CellImages, val: float = 0.15, test: float = 0.15, seed: int = 0, groups: np.ndarray | None = None) -> Split:
     """Split into train, val and test: stratified by class, grouped by identical image.
 
     Parameters
@@ -693,6 +709,8 @@ def split(cells: CellImages, val: float = 0.15, test: float = 0.15, seed: int = 
         Fractions of the different images, 0 or more, together below 1. 0 leaves a part empty.
     seed : int
         The same seed and images give the same split.
+    groups : ndarray, shape (n,), optional
+        Images with an equal value stay in one part too: patients, slides, near copies (`bloodnb.duplicates.near_groups`).
 
     Raises
     ------
@@ -703,7 +721,7 @@ def split(cells: CellImages, val: float = 0.15, test: float = 0.15, seed: int = 
         raise ValueError(f"val={val}, test={test}; wanted fractions of 0 or more whose sum is below 1.")
     if cells.labels is None:
         raise ValueError(f"{cells.source} has no labels, so it cannot be split by class; wanted a labelled source.")
-    groups = identical_groups(cells.images)
+    groups = _joined(cells, groups)
     names, labels = _group_labels(groups, cells.labels)
     parts = 1 + (val > 0) + (test > 0)
     few = {cells.class_names[label]: int(n) for label, n in enumerate(np.bincount(labels)) if 0 < n < parts}

@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import keras
+import numpy as np
 import pandas as pd
 
 from .data import CLASS_NAMES, unknown_name
 
 # %% auto #0
 __all__ = ['SCALES', 'BACKBONES', 'ImageNetScale', 'Backbone', 'find_backbone', 'backbone_table', 'build_backbone', 'classifier',
-           'feature_model', 'head_model']
+           'feature_model', 'head_model', 'feature_extractor', 'image_features']
 
 # %% ../nbs/04_models.ipynb #4069b25d
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's RGB, 0..1
@@ -157,7 +158,7 @@ def _with_imagenet(name: str, row: Backbone, image_size: int) -> keras.Model:
             f"Keras could not get the ImageNet weights of {name} ({error}). Remedy: give weights none (-p weights none, in small letters) to train from random "
             f"weights, or a file (-p weights FILE.h5), or put Keras' own file whole into {folder}.") from error
 
-def _with_file(name: str, backbone: keras.Model | None, path: Path) -> keras.Model:
+def _with_file(name: str, backbone: keras.Model | None, path: Path, top: bool = False) -> keras.Model:
     if backbone is None:
         beside = sorted(p.name for p in path.parent.glob("*.h5")) if path.parent.is_dir() else []
         raise FileNotFoundError(f"no weights file {path}; {path.parent} holds {beside or 'no .h5 file'}. "
@@ -166,8 +167,8 @@ def _with_file(name: str, backbone: keras.Model | None, path: Path) -> keras.Mod
         with warnings.catch_warnings(action="ignore"):  # Keras warns layer by layer before it fails
             backbone.load_weights(path)
     except (ValueError, OSError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} does not hold weights of {name} without its top ({error}). Remedy: the file that Keras names "
-                         f"..._no_top.h5 for this backbone and width.") from error
+        raise ValueError(f"{path} does not hold weights of {name} with{'' if top else 'out'} its top ({error}). Remedy: the file that Keras names "
+                         f"...{'' if top else '_no_top'}.h5 for this backbone and width.") from error
     return backbone
 
 # %% ../nbs/04_models.ipynb #0a9acc77
@@ -224,3 +225,89 @@ def head_model(model: keras.Model) -> keras.Model:
     for layer in model.layers[model.layers.index(model.get_layer("pool")) + 1 :]:
         x = layer(x)
     return keras.Model(features, x, name="head")
+
+# %% ../nbs/04_models.ipynb #ebc2a289
+_TOP_LAYERS = ("fc1", "fc2")  # of VGG16 and VGG19
+
+def _with_top(name: str, weights: str | Path | None) -> keras.Model:
+    "VGG with its dense layers, from Keras' weights, random ones, or a file that has them."
+    row = find_backbone(name)
+    if row.application not in ("VGG16", "VGG19"):
+        raise ValueError(f"{name} has no layer fc1 or fc2; VGG16 and VGG19 have. Remedy: another backbone, or layer=None for its pooled output.")
+    random = weights is None or str(weights).lower() == "none"
+    imagenet = not random and str(weights).lower() == "imagenet"
+    try:
+        model = getattr(keras.applications, row.application)(include_top=True, weights="imagenet" if imagenet else None)
+    except Exception as error:  # as in _with_imagenet
+        raise ConnectionError(f"Keras could not get the ImageNet weights of {name} with its top ({error}). Remedy: a file with them, or another backbone.") from error
+    return model if random or imagenet else _with_file(name, model if Path(weights).is_file() else None, Path(weights), top=True)
+
+def _inner_output(trunk: keras.Model, layer: str | None, stride: int | None):
+    "The output of a layer by name, or of the last one whose map has about 1/stride of the picture's side."
+    if layer is not None:
+        names = [inner.name for inner in trunk.layers]
+        if layer not in names:
+            raise ValueError(unknown_name("layer", layer, names))
+        return trunk.get_layer(layer).output
+    if stride is None:
+        return trunk.output
+    side = trunk.input.shape[1]
+    maps = [inner.output for inner in trunk.layers[1:] if not isinstance(inner.output, list) and len(inner.output.shape) == 4]
+    large = [x for x in maps if side / (1.5 * stride) < x.shape[1] <= 1.5 * side / stride]
+    if not large:
+        raise ValueError(f"stride is {stride}; no layer of {trunk.name} has a map of about {side / stride:.0f} pixels. Wanted 2, 4, 8, 16 or 32.")
+    return large[-1]
+
+# %% ../nbs/04_models.ipynb #43664d3e
+def feature_extractor(backbone: str = "MobileNetV2", weights: str | Path | None = "imagenet", layer: str | None = None, stride: int | None = None,
+                      image_size: int = 96) -> keras.Model:
+    """A model from pictures to features: a layer of a backbone, averaged over its map.
+
+    Parameters
+    ----------
+    backbone, weights
+        See `build_backbone`. For `fc1` and `fc2` a weights file must hold the top too.
+    layer : str, optional
+        Name of one of the backbone's layers; VGG16 and VGG19 also have "fc1" and "fc2" (4096 numbers, pictures of 224 pixels).
+    stride : int, optional
+        Instead of a name: the last layer whose map has about 1/stride of the picture's side. Without either, the backbone's output.
+    image_size : int
+        Side of the pictures that the backbone sees; "fc1" and "fc2" see 224.
+
+    Returns
+    -------
+    keras.Model
+        Pictures (batch, height, width, 3) of any size, RGB, 0..255, to features (batch, channels).
+
+    Raises
+    ------
+    ValueError
+        If backbone or layer is unknown (with the nearest names), or both `layer` and `stride` are given.
+    FileNotFoundError, ConnectionError
+        As `build_backbone`.
+    """
+    if layer is not None and stride is not None:
+        raise ValueError(f"layer is {layer!r} and stride is {stride}; wanted one of them.")
+    trunk = _with_top(backbone, weights) if layer in _TOP_LAYERS else build_backbone(backbone, weights, image_size)
+    side = trunk.input.shape[1]
+    pictures = keras.Input((None, None, 3), name="images")
+    x = keras.layers.Resizing(side, side, interpolation="bicubic")(pictures)  # as it is where the size fits
+    x = keras.Model(trunk.input, _inner_output(trunk, layer, stride))(ImageNetScale(find_backbone(backbone).scale)(x))
+    return keras.Model(pictures, keras.layers.GlobalAveragePooling2D()(x) if len(x.shape) == 4 else x, name="features")
+
+def image_features(images: np.ndarray, extractor: keras.Model, batch_size: int = 64) -> np.ndarray:
+    """Describe pictures by a `feature_extractor`.
+
+    Parameters
+    ----------
+    images : ndarray of uint8, shape (n, height, width, 3)
+        RGB, 0..255.
+    extractor : keras.Model
+    batch_size : int
+
+    Returns
+    -------
+    ndarray of float32, shape (n, channels)
+    """
+    batches = (extractor.predict_on_batch(images[start : start + batch_size].astype(np.float32)) for start in range(0, len(images), batch_size))
+    return np.concatenate([np.asarray(batch, np.float32) for batch in batches])

@@ -15,14 +15,14 @@ from typing import Any
 
 import pandas as pd
 
-from .cleaning import CLEANINGS
+from .cleaning import BACKGROUNDS, check_cleaning
 from .data import unknown_name
 from .models import BACKBONES, find_backbone
 from .training import LOSSES, OPTIMIZERS, SCHEDULES
 
 # %% auto #0
-__all__ = ['FROM_SCRATCH', 'RECIPES', 'TRAIN_PARAMETERS', 'Recipe', 'recipe_fields', 'resolve_recipe', 'choices_for',
-           'with_test_data', 'recipe_table']
+__all__ = ['FROM_SCRATCH', 'RECIPES', 'TRAIN_PARAMETERS', 'CLEAN_PARAMETERS', 'CLEAN_CHOICES', 'Recipe', 'recipe_fields',
+           'resolve_recipe', 'check_references', 'choices_for', 'with_test_data', 'recipe_table']
 
 # %% ../nbs/09_recipes.ipynb #2a7ce894
 def _number(kind: type, low: float, high: float, high_open: bool = False) -> Callable[[Any], Any]:
@@ -78,7 +78,9 @@ class Recipe:
     Attributes
     ----------
     cleaning : str
-        Key of `bloodnb.cleaning.CLEANINGS`: what is dropped before the split.
+        What is dropped before the split: keys of `bloodnb.cleaning.CLEANINGS`, joined by "+".
+    background : str
+        One of `bloodnb.cleaning.BACKGROUNDS`: what becomes of the background of all pictures, test ones included.
     val_fraction, test_fraction : float
         Fractions of the images kept for validation and test. With a test set of its own a run uses no `test_fraction`.
     backbone, weights, image_size, head, dropout_rate
@@ -98,7 +100,8 @@ class Recipe:
         If a value cannot be what its field means; the message names field, value and what was wanted.
     """
 
-    cleaning: str = "exact"
+    cleaning: str = "standard"
+    background: str = "keep"
     val_fraction: float = 0.15
     test_fraction: float = 0.15
     backbone: str = "MobileNetV2"
@@ -134,7 +137,8 @@ class Recipe:
 
 # %% ../nbs/09_recipes.ipynb #600c3786
 _RULES: dict[str, Callable[[Any], Any]] = {
-    "cleaning": _one_of("cleaning", CLEANINGS),
+    "cleaning": check_cleaning,
+    "background": _one_of("background", BACKGROUNDS),
     "val_fraction": _number(float, 0, 1, high_open=True),
     "test_fraction": _number(float, 0, 1, high_open=True),
     "backbone": _backbone,
@@ -201,8 +205,27 @@ def resolve_recipe(name: str | None = None, **choices: Any) -> Recipe:
     return Recipe(**{**scratch, **merged})
 
 # %% ../nbs/09_recipes.ipynb #2405ca01
-# What the training job takes beside the choices of a recipe.
+# What the jobs take beside the choices of a recipe, and which of those the cleaning job takes.
 TRAIN_PARAMETERS = ("data", "test_data", "blacklist", "output", "overwrite", "recipe")
+CLEAN_PARAMETERS = ("data", "output", "overwrite", "references", "layer", "similarity")
+CLEAN_CHOICES = ("seed", "image_size", "cleaning", "backbone", "weights")
+
+def check_references(references: Any, backbone: str | None, similarity: float) -> list[int]:
+    """Indices of known junk from what the command line makes of them: None, 12, "12,345" or [12, 345].
+
+    Raises
+    ------
+    ValueError
+        If they are no indices, there is no backbone to compare by, or the similarity is no cosine.
+    """
+    words = [] if references is None else references if isinstance(references, (list, tuple)) else str(references).strip("[]() ").replace(",", " ").split()
+    if not all(str(word).strip().isdigit() for word in words):
+        raise ValueError(f"references are {references!r}; wanted the index of one picture or of several, such as 12 or \"12,345\".")
+    if words and backbone is None:
+        raise ValueError("references are given without a backbone to compare by; wanted one as well, e.g. -p backbone MobileNetV2.")
+    if isinstance(similarity, bool) or not isinstance(similarity, (int, float)) or not -1 <= similarity <= 1:
+        raise ValueError(f"similarity is {similarity!r}; wanted a cosine of -1 to 1.")
+    return [int(word) for word in words]
 
 def choices_for(function: Callable, recipe: Recipe) -> dict[str, Any]:
     """The choices of a recipe that a function takes as arguments of the same name."""

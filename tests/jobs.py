@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -13,15 +14,18 @@ SMALL = {"data": "drawn:n=120,seed=1", "recipe": "demo", "image_size": 32, "epoc
 NO_NETWORK = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")} | {"no_proxy": "", "NO_PROXY": ""}
 
 
-def train_command(**parameters) -> list[str]:
-    """The command that trains and writes the executed notebook as `out.ipynb` in the current folder."""
+def job_command(job: str, **parameters) -> list[str]:
+    """The command that runs a job and writes the executed notebook as `out.ipynb` in the current folder."""
     words = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
-    return [sys.executable, "-m", "papermill", str(ROOT / "nbs" / "train.ipynb"), "out.ipynb", *words]
+    return [sys.executable, "-m", "papermill", str(ROOT / "nbs" / f"{job}.ipynb"), "out.ipynb", *words]
 
 
-def train(folder: Path, environment: dict | None = None, **parameters) -> subprocess.CompletedProcess:
-    """Run the training job in `folder` to its end; papermill's report of an error is in `stderr`."""
-    return subprocess.run(train_command(**parameters), cwd=folder, env=job_environment(environment), capture_output=True, text=True, timeout=900)
+def run_job(job: str, folder: Path, environment: dict | None = None, **parameters) -> subprocess.CompletedProcess:
+    """Run a job in `folder` to its end; papermill's report of an error is in `stderr`."""
+    return subprocess.run(job_command(job, **parameters), cwd=folder, env=job_environment(environment), capture_output=True, text=True, timeout=900)
+
+
+train_command, train, clean = partial(job_command, "train"), partial(run_job, "train"), partial(run_job, "clean")
 
 
 def job_environment(changes: dict | None = None) -> dict:

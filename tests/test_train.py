@@ -19,7 +19,7 @@ from bloodnb import recipes
 from bloodnb.cleaning import read_blacklist
 
 LEFT_BY_A_RUN = {"run.json", "split.csv", "blacklist.csv", "history.csv", "metrics.json", "predictions.npz", "model.keras", "out.ipynb",
-                 "figures/curves.png", "figures/confusion.png", "figures/mistakes.png"}
+                 "figures/curves.png", "figures/confusion.png", "figures/mistakes.png", "figures/closest_pairs.png"}
 # A head on a resting backbone: no fine-tuning to trace, for runs that are not about the training.
 HEAD_ALONE = SMALL | {"recipe": "frozen", "backbone": "MobileNet_0.25", "weights": "none", "head_epochs": 1, "epochs": 0}
 
@@ -91,7 +91,7 @@ def test_executed_notebook_is_kept(run):
     nbformat.validate(notebook)
     given = next(cell.source for cell in notebook.cells if "injected-parameters" in cell.metadata.get("tags", []))
     assert 'recipe = "demo"' in given
-    assert any("image/png" in output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])), "the figures are in it"
+    assert any("image/jpeg" in output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])), "the figures are in it"
     assert any("nothing about blood" in str(cell.get("outputs", [])) for cell in notebook.cells), "and the warning"
 
 
