@@ -25,7 +25,7 @@ __all__ = ['CLEANINGS', 'BACKGROUNDS', 'find_contaminants', 'find_similar', 'fin
            'read_blacklist', 'apply_blacklist']
 
 # %% ../nbs/02_cleaning.ipynb #eff1a694
-_FAR, _FAR_FEATURES = 5.0, 2.7  # oddness from which on a picture is no cell: by colour and texture, by a network's features; chosen on homework_96
+_FAR, _FAR_FEATURES = 5.0, 2.6  # oddness from which on a picture is no cell: by colour and texture, by a network's features; chosen on homework_96
 _FEW = 30  # fewer different pictures than this do not tell what is usual
 
 def find_contaminants(cells: CellImages, features: np.ndarray | None = None, threshold: float | None = None, groups: np.ndarray | None = None) -> pd.DataFrame:
@@ -39,7 +39,7 @@ def find_contaminants(cells: CellImages, features: np.ndarray | None = None, thr
         To compare the images by, e.g. `bloodnb.models.image_features(cells.images, feature_extractor(stride=4))`; rows are brought to length 1. By default
         `bloodnb.exploration.colour_texture`.
     threshold : float, optional
-        `bloodnb.exploration.oddness` from which on an image is a contaminant; by default 5 for colour and texture, 2.7 for `features`.
+        `bloodnb.exploration.oddness` from which on an image is a contaminant; by default 5 for colour and texture, 2.6 for `features`.
     groups : ndarray of int, shape (n,), optional
         For each image the position of the first of its copies, if they are known (`bloodnb.duplicates.near_groups`).
 
