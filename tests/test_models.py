@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jobs import NO_NETWORK, job_environment
 
-from bloodnb.models import BACKBONES, classifier
+from bloodnb.models import BACKBONES, classifier, feature_extractor, image_features
 
 SMALLEST_FILE = "mobilenet_2_5_224_tf_no_top.h5"  # of MobileNet_0.25; Keras' own name for it
 
@@ -74,3 +74,12 @@ def test_imagenet_weights_without_network(tmp_path):
     assert got["error"] == "ConnectionError", got
     assert all(words in got["message"] for words in ("MobileNetV2", "-p weights none", "-p weights FILE", os.fspath(tmp_path / "models"))), got["message"]
     assert not list(tmp_path.rglob("*.h5*")), "a broken download must not stay where Keras would take it for a whole one"
+
+
+def test_dense_layers_of_vgg_are_features(fresh_keras):
+    """`fc1` as one report used it; random weights, since VGG's own are large."""
+    extractor = feature_extractor("VGG16", None, layer="fc1")
+    images = np.random.default_rng(0).integers(0, 255, (2, 96, 96, 3), dtype=np.uint8)
+    features = image_features(images, extractor)
+    assert features.shape == (2, 4096) and (features >= 0).all() and not np.allclose(features[0], features[1])
+    assert [layer.scale for layer in extractor.layers if hasattr(layer, "scale")] == ["BGR-mean"] and {224} == {layer.height for layer in extractor.layers if hasattr(layer, "height")}
