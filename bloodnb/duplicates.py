@@ -137,10 +137,14 @@ def thumbnails(images: np.ndarray, side: int = 16) -> np.ndarray:
     ndarray of float32, shape (n, side * side)
         Rows of mean 0 and length 1; zeros for a picture that is (nearly) of one grey.
     """
+    return _coarse(images, side)[0]
+
+def _coarse(images: np.ndarray, side: int = 16) -> tuple[np.ndarray, np.ndarray]:
+    "Thumbnails, and their standard deviation in grey levels."
     rows = map_images(lambda image: cv2.resize(_grey(image), (side, side), interpolation=cv2.INTER_AREA).ravel(), images)
     rows -= rows.mean(axis=1, keepdims=True)
     length = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.where(length > side, rows / np.maximum(length, 1e-6), 0)  # a standard deviation of 1 grey level is no picture
+    return np.where(length > side, rows / np.maximum(length, 1e-6), 0).astype(np.float32), length[:, 0] / side  # below 1 grey level is no picture
 
 # %% ../nbs/02_duplicates.ipynb #107a026e
 _LAPLACE = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], np.float32)
@@ -181,6 +185,17 @@ def _candidates(one: np.ndarray, other: np.ndarray, least: float, block: int = 5
         for i in np.flatnonzero(alike.any(axis=1)):
             yield start + i, np.flatnonzero(alike[i])
 
+def _blank_pairs(images: np.ndarray, blank: np.ndarray, group: np.ndarray) -> list[tuple[int, int, float]]:
+    "Tie those of the blank pictures whose colours are alike; `group` is changed in place."
+    colours, pairs = np.array([images[i].mean(axis=(0, 1)) for i in blank]).reshape(-1, 3), []
+    for at, i in enumerate(blank):
+        if group[i] == i:
+            like = blank[at + 1 :][(np.abs(colours[at + 1 :] - colours[at]) < 8).all(axis=1)]
+            like = like[group[like] == like]
+            group[like] = i
+            pairs += [(i, j, 1.0) for j in like]
+    return pairs
+
 def near_pairs(images: np.ndarray, least: float = _COPY, turned: bool = False) -> pd.DataFrame:
     """Pairs of different pictures that show the same, enough of them to tie each group together.
 
@@ -200,8 +215,9 @@ def near_pairs(images: np.ndarray, least: float = _COPY, turned: bool = False) -
     """
     if turned and images.shape[1] != images.shape[2]:
         raise ValueError(f"pictures of {images.shape[1]}x{images.shape[2]} cannot be compared turned; wanted square ones, or turned=False.")
-    thumbs, (details, noise), pairs = thumbnails(images), _details(images), []
-    group = np.arange(len(images))
+    (thumbs, contrast), (details, noise), group = _coarse(images), _details(images), np.arange(len(images))
+    of_noise = np.sqrt(noise) * np.sqrt(thumbs.shape[1]) / details.shape[1]  # what noise alone leaves in a thumbnail
+    pairs = _blank_pairs(images, np.flatnonzero(contrast < np.maximum(1, 2 * of_noise)), group)
     for turn in _TURNS[: 8 if turned else 1]:
         side = int(np.sqrt(thumbs.shape[1]))
         turned_thumbs = np.stack([turn(thumb.reshape(side, side)).ravel() for thumb in thumbs])
@@ -310,17 +326,15 @@ def find_by_phash(cells: CellImages, max_distance: int = 4, max_photos: int = 20
 
 # %% ../nbs/02_duplicates.ipynb #105754b8
 def _find_by_cosine(cells: CellImages, rows: np.ndarray, least: float, max_photos: int, to_score=lambda cosine: cosine) -> pd.DataFrame:
-    first, second, best = [], [], np.zeros(len(rows))
+    group, best = np.arange(len(rows)), np.zeros(len(rows))
     for i, others in _candidates(rows, rows, least):
         others = others[others != i]
         if len(others):
             best[i] = to_score((rows[others] @ rows[i]).max())
-            first.append(np.full(len(others), i))
-            second.append(others)
-    n = len(rows)
-    ends = (np.concatenate([*first, np.arange(n)]), np.concatenate([*second, np.arange(n)]))
-    _, names = connected_components(coo_array((np.ones(len(ends[0])), ends), shape=(n, n)), directed=False)
-    _, position, inverse = np.unique(names, return_index=True, return_inverse=True)
+            met = np.unique(group[others])
+            if len(met) > 1 or met[0] != group[i]:
+                group[np.isin(group, met)] = group[i]
+    _, position, inverse = np.unique(group, return_index=True, return_inverse=True)
     groups = position[inverse]
     return group_findings(cells, groups, best.clip(0, 1), "near duplicate", _sizes(groups) > max_photos)
 
@@ -383,21 +397,29 @@ def _show_group(axes, cells: CellImages, members: pd.DataFrame) -> None:
             ax.plot([0, 1], [0, 1], [0, 1], [1, 0], color="red", lw=1, transform=ax.transAxes)
 
 # %% ../nbs/02_duplicates.ipynb #8b9eb315
+def _nearest(one: np.ndarray, other: np.ndarray, n: int = 3, block: int = 512) -> set[tuple[int, int]]:
+    "For each thumbnail of `one` the `n` most similar ones of `other`, as pairs of positions."
+    n, pairs = min(n, len(other)), set()
+    for start in range(0, len(one), block):
+        best = np.argpartition(-(one[start : start + block] @ other.T), n - 1, axis=1)[:, :n]
+        pairs |= {(start + i, int(j)) for i, js in enumerate(best) for j in js}
+    return pairs
+
 def _closest(one: CellImages, other: CellImages, n: int, least: float) -> list[tuple[int, int, float]]:
-    "All pairs across two parts that are copies, and the `n` closest others: positions and similarity in detail."
+    "For each image its copies in the other part (at most 3), and the `n` closest other pairs: positions and similarity."
+    if one.images.shape[1:] != other.images.shape[1:]:
+        raise ValueError(f"{one.source} has pictures of {one.images.shape[1:3]}, {other.source} of {other.images.shape[1:3]} pixels; wanted one size. "
+                         "Remedy: load both with the same size.")
     thumbs, other_thumbs = thumbnails(one.images), thumbnails(other.images)
-    pairs = {(i, j) for i, js in _candidates(thumbs, other_thumbs, least) for j in js}
-    for start in range(0, len(thumbs), 512):  # and the nearest for each picture, of which the closest are shown
-        alike = thumbs[start : start + 512] @ other_thumbs.T
-        pairs |= {(start + i, int(j)) for i, j in enumerate(alike.argmax(axis=1))}
     (details, noise), (other_details, other_noise) = _details(one.images), _details(other.images)
-    if details.shape[1:] != other_details.shape[1:]:
-        raise ValueError(f"{one.source} and {other.source} have pictures of different sizes; wanted one size. Remedy: load both with the same size.")
-    coarse = {(i, j): float(thumbs[i] @ other_thumbs[j]) for i, j in pairs}
-    fine = {(i, j): min(_agreement(details[i], other_details[j], noise[i], other_noise[j]), 1 if coarse[i, j] >= least else coarse[i, j]) for i, j in sorted(pairs)}
-    ranked = sorted(fine.items(), key=lambda item: -item[1])
-    leaks = sum(value >= least for _, value in ranked)
-    return [(i, j, value) for (i, j), value in ranked[: leaks + n]]
+    pairs = _nearest(thumbs, other_thumbs) | {(i, j) for j, i in _nearest(other_thumbs, thumbs)}
+    rows = []
+    for i, j in sorted(pairs):
+        coarse = float(thumbs[i] @ other_thumbs[j])
+        fine = 0.0 if coarse < 0.5 else _agreement(details[i], other_details[j], noise[i], other_noise[j])
+        rows.append((i, j, min(fine, 1.0 if coarse >= least else coarse)))
+    rows.sort(key=lambda row: -row[2])
+    return rows[: sum(row[2] >= least for row in rows) + n]
 
 def audit_split(parts: Mapping[str, CellImages], groups: Mapping[str, Sequence] | None = None, n: int = 8, least: float = _COPY) -> pd.DataFrame:
     """Look for pictures that stand, as themselves, as a near copy or by their group, in more than one part.
@@ -417,21 +439,30 @@ def audit_split(parts: Mapping[str, CellImages], groups: Mapping[str, Sequence] 
     -------
     DataFrame
         A row per pair, the most similar first: `leak` ("exact", "near", "group", or "" for none), `similarity` (0..1; NaN for a group),
-        `part`, `index`, `other_part`, `other_index`. Of a group that two parts share one pair is listed.
+        `part`, `index`, `other_part`, `other_index`. Each image that leaks is listed with at most 3 of its copies in another part; of a group
+        that two parts share one pair is listed.
     """
     rows, names = [], list(parts)
     digests = {name: dict(zip(map(int, cells.index), image_digests(cells.images))) for name, cells in parts.items()}
     for at, name in enumerate(names):
         for other in names[at + 1 :]:
             one, two = parts[name], parts[other]
+            exact = _exact_pairs(one, two)
+            rows += [("exact", 1.0, name, i, other, j) for i, j in exact]
             for i, j, similarity in _closest(one, two, n, least):
                 index, other_index = int(one.index[i]), int(two.index[j])
-                same = digests[name][index] == digests[other][other_index]
-                leak = "exact" if same else "near" if similarity >= least else ""
-                rows.append((leak, 1.0 if same else similarity, name, index, other, other_index))
+                if digests[name][index] != digests[other][other_index]:
+                    rows.append(("near" if similarity >= least else "", similarity, name, index, other, other_index))
             rows += [("group", np.nan, name, i, other, j) for i, j in _shared(one, two, groups, name, other)]
     table = pd.DataFrame(rows, columns=["leak", "similarity", "part", "index", "other_part", "other_index"])
     return table.sort_values(["similarity", "part", "index"], ascending=[False, True, True], ignore_index=True)
+
+def _exact_pairs(one: CellImages, two: CellImages) -> list[tuple[int, int]]:
+    "Indices of identical images in two parts: each image of a part with the first such one of the other."
+    digests = [image_digests(cells.images) for cells in (one, two)]
+    first = [dict(reversed(list(zip(part, map(int, cells.index))))) for part, cells in zip(digests, (one, two))]
+    pairs = {(int(i), first[1][digest]) for digest, i in zip(digests[0], one.index) if digest in first[1]}
+    return sorted(pairs | {(first[0][digest], int(j)) for digest, j in zip(digests[1], two.index) if digest in first[0]})
 
 def _shared(one: CellImages, two: CellImages, groups, name: str, other: str) -> list[tuple[int, int]]:
     "For each group in both parts, the index of its first image in each."

@@ -383,6 +383,8 @@ def embed(features: np.ndarray, method: str = "pca", seed: int = 0) -> np.ndarra
     if len(features) < 4:
         raise ValueError(f"a map of {len(features)} pictures shows nothing; wanted 4 or more.")
     spread = np.std(features, axis=0)
+    if spread.max() == 0:
+        return np.zeros((len(features), 2))
     scaled = (features - np.mean(features, axis=0)) / np.where(spread > 0, spread, 1)
     if method == "pca":
         return PCA(2, random_state=seed).fit_transform(scaled)
