@@ -5,6 +5,7 @@
 # %% ../nbs/02_cleaning.ipynb #6aa2e2f5
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def find_contaminants(cells: CellImages, features: np.ndarray | None = None, thr
     if len(single) < _FEW:
         return _findings(cells, np.empty(0, int), "contaminant", np.empty(0))
     if features is None:
-        rows, usual = colour_texture(cells.images[single] if len(single) < len(cells) else cells.images), _FAR
+        rows, usual = colour_texture(cells.images, single), _FAR
     else:
         rows, usual = np.asarray(features, np.float32)[single], _FAR_FEATURES
         rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
@@ -99,7 +100,7 @@ def find_similar(cells: CellImages, features: np.ndarray, references: Sequence[i
         raise ValueError("no references given; wanted the index of at least one picture that is known to be junk.")
     if np.ndim(features) != 2 or len(features) != len(cells):
         raise ValueError(f"features have shape {np.shape(features)}; wanted a row for each of the {len(cells)} images.")
-    known = take(cells, references).index
+    known = take(cells, np.unique(references)).index
     rows = np.asarray(features, np.float32)
     rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
     cosine = rows @ rows[[int(np.flatnonzero(cells.index == index)[0]) for index in known]].T
@@ -125,7 +126,7 @@ def find_outliers(cells: CellImages, alpha: float = 3.0, robust: bool = False) -
     Parameters
     ----------
     cells : CellImages
-        Without labels all images count as one class.
+        Without labels all images count as one class; a class of fewer than 10 images has no outliers.
     alpha : float
         Permitted distance from the class's centre, in standard deviations of the class.
     robust : bool
@@ -141,6 +142,8 @@ def find_outliers(cells: CellImages, alpha: float = 3.0, robust: bool = False) -
     values, score = _moments(cells.images), np.zeros(len(cells))
     labels = np.zeros(len(cells), int) if cells.labels is None else cells.labels
     for label in np.unique(labels):
+        if (labels == label).sum() < 10:  # too few to tell what is usual
+            continue
         center, room = _bounds(values[labels == label], 1.0, robust)
         score[labels == label] = (np.abs(values[labels == label] - center) / np.maximum(room, 1e-9)).max(axis=1)
     return _findings(cells, np.flatnonzero(score > alpha), "outlier", score)
@@ -354,11 +357,15 @@ def set_background(cells: CellImages, background: str = "keep") -> CellImages:
 _HEADER = "# bloodnb blacklist for data with sha256 "
 _COLUMNS = ["index", "kind", "score", "group", "kept"]
 
+def _checksum(cells: CellImages) -> str:
+    "Of the data and of the index: the same pictures under other numbers are other data to a blacklist."
+    return hashlib.sha256(sha256(cells).encode() + cells.index.tobytes()).hexdigest()
+
 def write_blacklist(findings: pd.DataFrame, path: str | Path, cells: CellImages) -> Path:
     """Write findings as CSV, with the checksum of the data that they speak of; returns the path."""
     path = Path(path)
     with path.open("w", newline="", encoding="utf-8") as file:
-        file.write(f"{_HEADER}{sha256(cells)}\n")
+        file.write(f"{_HEADER}{_checksum(cells)}\n")
         findings.to_csv(file, index=False)
     return path
 
@@ -392,7 +399,7 @@ def read_blacklist(path: str | Path, cells: CellImages) -> pd.DataFrame:
     ValueError
         If it is no blacklist, or was made from other data than `cells`.
     """
-    made_from, here = blacklist_sha256(path), sha256(cells)
+    made_from, here = blacklist_sha256(path), _checksum(cells)
     if made_from != here:
         raise ValueError(f"{path} was made from other data than {cells.source}: sha256 {made_from[:12]}... there, {here[:12]}... here. "
                          "Remedy: make the blacklist again from this data, read at the same size.")

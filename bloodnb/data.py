@@ -690,6 +690,8 @@ def _joined(cells: CellImages, groups: np.ndarray | None) -> np.ndarray:
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
+    if any(group is None or group != group for group in groups):
+        raise ValueError("groups hold None or NaN; wanted a value for each image. Remedy: give an image of no known group a value of its own.")
     if np.shape(groups) != (len(cells),):
         raise ValueError(f"groups have shape {np.shape(groups)}; wanted one for each of the {len(cells)} images.")
     _, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
@@ -710,7 +712,8 @@ def split(cells: CellImages, val: float = 0.15, test: float = 0.15, seed: int = 
     seed : int
         The same seed and images give the same split.
     groups : ndarray, shape (n,), optional
-        Images with an equal value stay in one part too: patients, slides, near copies (`bloodnb.duplicates.near_groups`).
+        Images with an equal value stay in one part too: patients, slides, near copies (`bloodnb.duplicates.near_groups`). The
+        fractions then are of the groups, and classes in few groups are shared out less evenly.
 
     Raises
     ------
@@ -721,9 +724,13 @@ def split(cells: CellImages, val: float = 0.15, test: float = 0.15, seed: int = 
         raise ValueError(f"val={val}, test={test}; wanted fractions of 0 or more whose sum is below 1.")
     if cells.labels is None:
         raise ValueError(f"{cells.source} has no labels, so it cannot be split by class; wanted a labelled source.")
+    tied = groups is not None
     groups = _joined(cells, groups)
     names, labels = _group_labels(groups, cells.labels)
     parts = 1 + (val > 0) + (test > 0)
+    if tied:  # a class in too few groups to be shared out goes with the commonest
+        sizes = np.bincount(labels)
+        labels = np.where(sizes[labels] < parts, sizes.argmax(), labels)
     few = {cells.class_names[label]: int(n) for label, n in enumerate(np.bincount(labels)) if 0 < n < parts}
     try:
         if few:

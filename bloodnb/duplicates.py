@@ -117,6 +117,7 @@ def find_by_sampling(cells: CellImages, n_samples: int = 100, max_copies: int = 
     return group_findings(cells, groups, np.ones(len(cells)), "exact duplicate", _sizes(groups) > max_copies)
 
 # %% ../nbs/02_duplicates.ipynb #547751e0
+_PATIENCE = 50  # thumbnails that look alike and are different in detail, after which a picture is done with: for sets in which all look alike
 _COPY = 0.93  # similarity from which on two pictures count as copies; chosen on homework_96, see the end of this notebook
 
 def _grey(image: np.ndarray) -> np.ndarray:
@@ -139,9 +140,9 @@ def thumbnails(images: np.ndarray, side: int = 16) -> np.ndarray:
     """
     return _coarse(images, side)[0]
 
-def _coarse(images: np.ndarray, side: int = 16) -> tuple[np.ndarray, np.ndarray]:
+def _coarse(images: np.ndarray, side: int = 16, at: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     "Thumbnails, and their standard deviation in grey levels."
-    rows = map_images(lambda image: cv2.resize(_grey(image), (side, side), interpolation=cv2.INTER_AREA).ravel(), images)
+    rows = map_images(lambda image: cv2.resize(_grey(image), (side, side), interpolation=cv2.INTER_AREA).ravel(), images, at)
     rows -= rows.mean(axis=1, keepdims=True)
     length = np.linalg.norm(rows, axis=1, keepdims=True)
     return np.where(length > side, rows / np.maximum(length, 1e-6), 0).astype(np.float32), length[:, 0] / side  # below 1 grey level is no picture
@@ -149,21 +150,21 @@ def _coarse(images: np.ndarray, side: int = 16) -> tuple[np.ndarray, np.ndarray]
 # %% ../nbs/02_duplicates.ipynb #107a026e
 _LAPLACE = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], np.float32)
 
-def noise_levels(images: np.ndarray) -> np.ndarray:
-    """How noisy each picture is: standard deviation of white noise in grey levels, float32 (n,).
+def noise_levels(images: np.ndarray, at: np.ndarray | None = None) -> np.ndarray:
+    """How noisy each picture (or each of those at positions `at`) is: standard deviation of white noise in grey levels, float32 (n,).
 
     Fine texture counts as noise too. After J. Immerkaer (1996), Fast noise variance estimation, with a median for the mean.
     """
-    return map_images(lambda image: np.median(np.abs(cv2.filter2D(_grey(image), -1, _LAPLACE))) / 0.6745 / 6, images)
+    return map_images(lambda image: np.median(np.abs(cv2.filter2D(_grey(image), -1, _LAPLACE))) / 0.6745 / 6, images, at)
 
-def _details(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _details(images: np.ndarray, at: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     "Grey pictures of 32x32 (or smaller) without their coarse shape, float32 (n, side, side), and the variance that noise has in them (n,)."
     side = min(32, *images.shape[1:3])
     def detail(image: np.ndarray) -> np.ndarray:
         small = cv2.resize(_grey(image), (side, side), interpolation=cv2.INTER_AREA)
         return small - cv2.GaussianBlur(small, (0, 0), side / 8)
 
-    return map_images(detail, images), noise_levels(images) ** 2 * side**2 / (images.shape[1] * images.shape[2])
+    return map_images(detail, images, at), noise_levels(images, at) ** 2 * side**2 / (images.shape[1] * images.shape[2])
 
 def _agreement(one: np.ndarray, other: np.ndarray, noise_one: float, noise_other: float) -> float:
     "Correlation of two details at the best of the small shifts, corrected for noise, at most 1."
@@ -185,18 +186,18 @@ def _candidates(one: np.ndarray, other: np.ndarray, least: float, block: int = 5
         for i in np.flatnonzero(alike.any(axis=1)):
             yield start + i, np.flatnonzero(alike[i])
 
-def _blank_pairs(images: np.ndarray, blank: np.ndarray, group: np.ndarray) -> list[tuple[int, int, float]]:
+def _blank_pairs(images: np.ndarray, at: np.ndarray, blank: np.ndarray, group: np.ndarray) -> list[tuple[int, int, float]]:
     "Tie those of the blank pictures whose colours are alike; `group` is changed in place."
-    colours, pairs = np.array([images[i].mean(axis=(0, 1)) for i in blank]).reshape(-1, 3), []
-    for at, i in enumerate(blank):
+    colours, pairs = np.array([images[at[i]].mean(axis=(0, 1)) for i in blank]).reshape(-1, 3), []
+    for k, i in enumerate(blank):
         if group[i] == i:
-            like = blank[at + 1 :][(np.abs(colours[at + 1 :] - colours[at]) < 8).all(axis=1)]
+            like = blank[k + 1 :][(np.abs(colours[k + 1 :] - colours[k]) < 8).all(axis=1)]
             like = like[group[like] == like]
             group[like] = i
-            pairs += [(i, j, 1.0) for j in like]
+            pairs += [(at[i], at[j], 1.0) for j in like]
     return pairs
 
-def near_pairs(images: np.ndarray, least: float = _COPY, turned: bool = False) -> pd.DataFrame:
+def near_pairs(images: np.ndarray, least: float = _COPY, turned: bool = False, at: np.ndarray | None = None) -> pd.DataFrame:
     """Pairs of different pictures that show the same, enough of them to tie each group together.
 
     Parameters
@@ -207,6 +208,8 @@ def near_pairs(images: np.ndarray, least: float = _COPY, turned: bool = False) -
         Similarity from which on two pictures are copies, 0..1, both coarsely and in detail.
     turned : bool
         Whether mirrored and quarter-turned copies count too (square pictures only; eight times the work).
+    at : ndarray of int, shape (k,), optional
+        Positions of the pictures to compare, ascending; by default all.
 
     Returns
     -------
@@ -215,21 +218,25 @@ def near_pairs(images: np.ndarray, least: float = _COPY, turned: bool = False) -
     """
     if turned and images.shape[1] != images.shape[2]:
         raise ValueError(f"pictures of {images.shape[1]}x{images.shape[2]} cannot be compared turned; wanted square ones, or turned=False.")
-    (thumbs, contrast), (details, noise), group = _coarse(images), _details(images), np.arange(len(images))
+    if not 0 < least <= 1:
+        raise ValueError(f"least is {least}; wanted a similarity above 0, at most 1.")
+    at = np.arange(len(images)) if at is None else at
+    (thumbs, contrast), (details, noise), group = _coarse(images, at=at), _details(images, at), np.arange(len(at))
     of_noise = np.sqrt(noise) * np.sqrt(thumbs.shape[1]) / details.shape[1]  # what noise alone leaves in a thumbnail
-    pairs = _blank_pairs(images, np.flatnonzero(contrast < np.maximum(1, 2 * of_noise)), group)
+    pairs = _blank_pairs(images, at, np.flatnonzero(contrast < np.maximum(1, 2 * of_noise)), group)
     for turn in _TURNS[: 8 if turned else 1]:
         side = int(np.sqrt(thumbs.shape[1]))
         turned_thumbs = np.stack([turn(thumb.reshape(side, side)).ravel() for thumb in thumbs])
         for i, others in _candidates(turned_thumbs, thumbs, least):
-            detail = np.ascontiguousarray(turn(details[i]))
-            for j in others[(others > i) & (group[others] != group[i])]:
-                if group[j] == group[i]:
+            detail, others, failed = np.ascontiguousarray(turn(details[i])), others[(others > i) & (group[others] != group[i])], 0
+            for j in others[np.argsort(-(thumbs[others] @ turned_thumbs[i]), kind="stable")]:  # most similar first
+                if group[j] == group[i] or failed == _PATIENCE:
                     continue
                 similarity = _agreement(detail, details[j], noise[i], noise[j])
                 if similarity >= least:
-                    pairs.append((i, j, similarity))
+                    pairs.append((at[i], at[j], similarity))
                     group[group == group[j]] = group[i]
+                failed += similarity < least
     return pd.DataFrame(pairs, columns=["first", "second", "similarity"]).astype({"first": int, "second": int, "similarity": float})
 
 # %% ../nbs/02_duplicates.ipynb #b6bafe95
@@ -241,14 +248,14 @@ def near_groups(images: np.ndarray, least: float = _COPY, turned: bool = False) 
     ndarray of int64, shape (n,)
         For each picture the position of the first of its group.
     ndarray of float, shape (n,)
-        Similarity to the most similar other picture of the group; 1 for identical ones, 0 for a picture that is alone.
+        Similarity to another picture of the group that it was found by; 1 for identical ones, 0 for a picture that is alone.
     """
     exact = identical_groups(images)
     different, times = np.unique(exact, return_counts=True)
     similarity = np.zeros(len(images))
     similarity[different] = times > 1
-    pairs = near_pairs(images if len(different) == len(images) else images[different], least, turned)
-    first, second = different[pairs["first"]], different[pairs["second"]]
+    pairs = near_pairs(images, least, turned, different)
+    first, second = pairs["first"].to_numpy(), pairs["second"].to_numpy()
     for ends in (first, second):
         np.maximum.at(similarity, ends, pairs["similarity"].to_numpy())
     n = len(images)
@@ -258,28 +265,28 @@ def near_groups(images: np.ndarray, least: float = _COPY, turned: bool = False) 
     return position[inverse], similarity[exact]
 
 # %% ../nbs/02_duplicates.ipynb #83567065
-def _grain_and_light(images: np.ndarray) -> np.ndarray:
-    bright = map_images(lambda image: np.percentile(_grey(image), 90), images)
-    return np.stack([np.log(noise_levels(images) + 0.1), bright], axis=1)
+def _grain_and_light(images: np.ndarray, at: np.ndarray) -> np.ndarray:
+    bright = map_images(lambda image: np.percentile(_grey(image), 90), images, at)
+    return np.stack([np.log(noise_levels(images, at) + 0.1), bright], axis=1)
 
 def _unusualness(images: np.ndarray, asked: np.ndarray) -> np.ndarray:
     "How far grain and brightness of the asked pictures lie from the set's median, in robust standard deviations, added; float (n,), 0 for others."
-    usual = _grain_and_light(images[:: len(images) // 2000 + 1])
+    usual = _grain_and_light(images, np.arange(0, len(images), len(images) // 2000 + 1))
     center = np.median(usual, axis=0)
     spread = np.maximum(1.4826 * np.median(np.abs(usual - center), axis=0), (0.05, 1.0))
     away = np.zeros(len(images))
-    away[asked] = (np.abs(_grain_and_light(images[asked]) - center) / spread).sum(axis=1) if len(asked) else 0
+    away[asked] = (np.abs(_grain_and_light(images, asked) - center) / spread).sum(axis=1) if len(asked) else 0
     return away
 
 def find_near_duplicates(cells: CellImages, max_copies: int = 3, max_photos: int = 20, least: float = _COPY, turned: bool = False) -> pd.DataFrame:
-    """Find images that show the same, though noise, JPEG, brightness or a small shift made their pixels differ.
+    """Find images that show the same, though noise, JPEG or brightness made their pixels differ.
 
     Parameters
     ----------
     cells : CellImages
     max_copies, max_photos : int
-        With more identical images than `max_copies`, or more different ones of the same than `max_photos`, a group is taken for planted,
-        and none of it is kept. (A cell is photographed twice or four times, not twenty-one times.)
+        With more identical images than `max_copies`, or more images in all than `max_photos`, a group is taken for planted, and none of it
+        is kept. (A cell is photographed twice or four times, not twenty-one times.)
     least, turned
         See `near_pairs`.
 
@@ -382,7 +389,8 @@ def show_groups(cells: CellImages, findings: pd.DataFrame, n: int = 6, copies: i
         axes = strip.subplots(1, copies, squeeze=False)[0]
         for ax in axes:
             ax.axis("off")
-        members = findings[findings["group"] == group].drop_duplicates("index")
+        members = findings[findings["group"] == group]
+        members = members.assign(kept=members.groupby("index")["kept"].transform("all")).drop_duplicates("index")
         if len(members):
             _show_group(axes, cells, members)
             strip.suptitle(f"{len(members)} image{'s' * (len(members) > 1)}, {members['kind'].iloc[0]}", x=0.005, ha="left", fontsize=9, weight="bold")
@@ -438,7 +446,7 @@ def audit_split(parts: Mapping[str, CellImages], groups: Mapping[str, Sequence] 
     Returns
     -------
     DataFrame
-        A row per pair, the most similar first: `leak` ("exact", "near", "group", or "" for none), `similarity` (0..1; NaN for a group),
+        A row per pair, leaks first, then by similarity: `leak` ("exact", "near", "group", or "" for none), `similarity` (0..1; NaN for a group),
         `part`, `index`, `other_part`, `other_index`. Each image that leaks is listed with at most 3 of its copies in another part; of a group
         that two parts share one pair is listed.
     """
@@ -455,7 +463,9 @@ def audit_split(parts: Mapping[str, CellImages], groups: Mapping[str, Sequence] 
                     rows.append(("near" if similarity >= least else "", similarity, name, index, other, other_index))
             rows += [("group", np.nan, name, i, other, j) for i, j in _shared(one, two, groups, name, other)]
     table = pd.DataFrame(rows, columns=["leak", "similarity", "part", "index", "other_part", "other_index"])
-    return table.sort_values(["similarity", "part", "index"], ascending=[False, True, True], ignore_index=True)
+    table["harmless"] = table["leak"] == ""
+    order = table.sort_values(["harmless", "similarity", "part", "index"], ascending=[True, False, True, True], ignore_index=True)
+    return order.drop(columns="harmless")
 
 def _exact_pairs(one: CellImages, two: CellImages) -> list[tuple[int, int]]:
     "Indices of identical images in two parts: each image of a part with the first such one of the other."

@@ -246,7 +246,7 @@ def show_extremes(cells: CellImages, n: int = 5, statistics: pd.DataFrame | None
     return fig
 
 # %% ../nbs/01_exploration.ipynb #f2ee37d7
-def map_images(function: Callable[[np.ndarray], np.ndarray], images: np.ndarray, chunk: int = 256) -> np.ndarray:
+def map_images(function: Callable[[np.ndarray], np.ndarray], images: np.ndarray, at: np.ndarray | None = None, chunk: int = 256) -> np.ndarray:
     """Apply a function to each image, in threads; OpenCV and NumPy let them work side by side.
 
     Parameters
@@ -254,6 +254,8 @@ def map_images(function: Callable[[np.ndarray], np.ndarray], images: np.ndarray,
     function : callable
         From an image (height, width, 3) to a number or an array of fixed shape.
     images : ndarray, shape (n, height, width, 3)
+    at : ndarray of int, shape (k,), optional
+        Positions of the images to take; by default all.
     chunk : int
         Images that a thread takes at a time.
 
@@ -262,14 +264,15 @@ def map_images(function: Callable[[np.ndarray], np.ndarray], images: np.ndarray,
     ndarray of float32, shape (n, ...)
         The results in the order of the images.
     """
-    if not len(images):
+    at = np.arange(len(images)) if at is None else at
+    if not len(at):
         raise ValueError("no images; wanted 1 or more.")
 
     def work(start: int) -> np.ndarray:
-        return np.array([function(image) for image in images[start : start + chunk]], np.float32)
+        return np.array([function(images[i]) for i in at[start : start + chunk]], np.float32)
 
     with ThreadPoolExecutor() as pool:
-        return np.concatenate(list(pool.map(work, range(0, len(images), chunk))))
+        return np.concatenate(list(pool.map(work, range(0, len(at), chunk))))
 
 # %% ../nbs/01_exploration.ipynb #52ab30e3
 _SIDE = 32
@@ -296,13 +299,15 @@ def _texture(image: np.ndarray) -> np.ndarray:
         grey = cv2.resize(blurred, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
     return np.log(np.concatenate(values) / 2.55 + 0.05)
 
-def colour_texture(images: np.ndarray) -> np.ndarray:
+def colour_texture(images: np.ndarray, at: np.ndarray | None = None) -> np.ndarray:
     """Describe each picture by its colours, their place and its texture.
 
     Parameters
     ----------
     images : ndarray of uint8, shape (n, height, width, 3)
         RGB, 0..255, sides of at least 16 pixels.
+    at : ndarray of int, shape (k,), optional
+        Positions of the images to describe; by default all.
 
     Returns
     -------
@@ -311,7 +316,7 @@ def colour_texture(images: np.ndarray) -> np.ndarray:
     """
     if min(images.shape[1:3]) < 16:
         raise ValueError(f"pictures are {images.shape[1]}x{images.shape[2]}; wanted sides of at least 16 pixels.")
-    return map_images(lambda image: np.concatenate([_colour(image), _texture(image)]), images)
+    return map_images(lambda image: np.concatenate([_colour(image), _texture(image)]), images, at)
 
 # %% ../nbs/01_exploration.ipynb #c7958383
 def _whitened(features: np.ndarray) -> np.ndarray:
@@ -341,7 +346,7 @@ def oddness(features: np.ndarray) -> np.ndarray:
     Returns
     -------
     ndarray of float, shape (n,)
-        0 or more, 1 is usual; all 1 where fewer than 4 pictures, or none that differ, are given.
+        0 or more, 1 is usual, infinite where more than half of the pictures are equal and this one is not; all 1 where fewer than 4 pictures, or none that differ, are given.
     """
     from sklearn.neighbors import NearestNeighbors
 
@@ -350,7 +355,7 @@ def oddness(features: np.ndarray) -> np.ndarray:
         raise ValueError(f"features have shape {features.shape}{'' if features.ndim != 2 else ' and values that are no numbers'}; wanted finite (n, d).")
     if len(features) < 4:
         return np.ones(len(features))
-    k = min(int(np.clip(len(features) // 50, 3, 10)), len(features) - 1)
+    k = min(int(np.clip(len(features) // 100, 3, 10)), len(features) - 1)
     points = _whitened(features)
     distance = NearestNeighbors(n_neighbors=k + 1, algorithm="brute").fit(points).kneighbors(points)[0][:, k]
     usual = np.median(distance)
@@ -382,9 +387,10 @@ def embed(features: np.ndarray, method: str = "pca", seed: int = 0) -> np.ndarra
         raise ValueError(unknown_name("method", method, EMBEDDINGS))
     if len(features) < 4:
         raise ValueError(f"a map of {len(features)} pictures shows nothing; wanted 4 or more.")
-    spread = np.std(features, axis=0)
-    if spread.max() == 0:
+    features = np.asarray(features, np.float64)
+    if np.ptp(features, axis=0).max() == 0:
         return np.zeros((len(features), 2))
+    spread = np.std(features, axis=0)
     scaled = (features - np.mean(features, axis=0)) / np.where(spread > 0, spread, 1)
     if method == "pca":
         return PCA(2, random_state=seed).fit_transform(scaled)
