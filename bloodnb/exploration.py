@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 
-from .data import CellImages, counts, take, unknown_name
+from .data import CellImages, counts, unknown_name
 
 # %% auto #0
 __all__ = ['STATISTICS', 'EMBEDDINGS', 'count_table', 'plot_counts', 'show_samples', 'mean_images', 'plot_mean_images',
