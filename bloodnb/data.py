@@ -30,9 +30,10 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 # %% auto #0
-__all__ = ['CLASS_NAMES', 'PARTS', 'BLOODMNIST_MD5', 'READERS', 'unknown_name', 'class_label', 'CellImages', 'take', 'drop',
-           'counts', 'sha256', 'fit_image', 'download', 'Source', 'find_source', 'load', 'image_digests',
-           'identical_groups', 'Split', 'split', 'Leak', 'find_leaks', 'check_no_leak']
+__all__ = ['CLASS_NAMES', 'PARTS', 'BLOODMNIST_MD5', 'READERS', 'unknown_name', 'class_label', 'CellImages', 'positions', 'take',
+           'drop', 'counts', 'sha256', 'fit_image', 'download', 'Source', 'find_source', 'load', 'image_digests',
+           'first_equal', 'identical_groups', 'Split', 'first_connected', 'split', 'Leak', 'find_leaks',
+           'check_no_leak']
 
 # %% ../nbs/00_data.ipynb #b53f0dbd
 CLASS_NAMES = ("basophil", "eosinophil", "erythroblast", "ig", "lymphocyte", "monocyte", "neutrophil", "platelet")
@@ -176,8 +177,8 @@ class CellImages:
         return f"CellImages({n:,} of {height}x{width}, {labelled}, from {self.source})"
 
 # %% ../nbs/00_data.ipynb #ec7b0415
-def take(cells: CellImages, index: np.ndarray) -> CellImages:
-    """The images with the given source positions, in the given order.
+def positions(cells: CellImages, index: np.ndarray) -> np.ndarray:
+    """Where in the arrays the images with the given source positions stand: ndarray of int64, shape (k,), in the given order.
 
     Parameters
     ----------
@@ -197,14 +198,18 @@ def take(cells: CellImages, index: np.ndarray) -> CellImages:
     if len(missing):
         raise ValueError(f"{cells.source} has no image with index {missing[:5].tolist()} ({len(missing)} in all); it has {len(cells)} "
                          f"images with index {cells.index.min()}..{cells.index.max()}. Was the list made from another source?")
-    labels = None if cells.labels is None else cells.labels[at]
-    return CellImages(cells.images[at], labels, cells.class_names, index, cells.source)
+    return at
 
 # %% ../nbs/00_data.ipynb #fd6bbe70
+def take(cells: CellImages, index: np.ndarray) -> CellImages:
+    """The images with the given source positions, in the given order (see `positions` for parameters and errors)."""
+    at = positions(cells, index)
+    labels = None if cells.labels is None else cells.labels[at]
+    return CellImages(cells.images[at], labels, cells.class_names, cells.index[at], cells.source)
+
 def drop(cells: CellImages, index: np.ndarray) -> CellImages:
-    """All images but those with the given source positions (see `take` for parameters and errors)."""
-    gone = take(cells, index).index if len(np.atleast_1d(index)) else np.empty(0, np.int64)
-    return take(cells, cells.index[~np.isin(cells.index, gone)])
+    """All images but those with the given source positions (see `positions` for parameters and errors)."""
+    return take(cells, np.delete(cells.index, positions(cells, index)))
 
 def counts(cells: CellImages) -> dict[str, int]:
     """Images per class, by name and in class order; classes without images count 0. ValueError without labels."""
@@ -643,6 +648,11 @@ def image_digests(images: np.ndarray) -> np.ndarray:
     """A 16-byte digest (BLAKE2b) of each image's pixels: ndarray of `S32` hexadecimal text, shape (n,), equal where images are."""
     return np.array([hashlib.blake2b(np.ascontiguousarray(image), digest_size=16).hexdigest().encode() for image in images], dtype="S32")
 
+def first_equal(values: np.ndarray) -> np.ndarray:
+    """For each of n values the position of the first that equals it: ndarray of int64, shape (n,)."""
+    _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
+    return first[inverse]
+
 def identical_groups(images: np.ndarray) -> np.ndarray:
     """Group identical images.
 
@@ -655,8 +665,7 @@ def identical_groups(images: np.ndarray) -> np.ndarray:
     ndarray of int64, shape (n,)
         For each image the position of the first image with the same pixels.
     """
-    _, first, inverse = np.unique(image_digests(images), return_index=True, return_inverse=True)
-    return first[inverse]
+    return first_equal(image_digests(images))
 
 # %% ../nbs/00_data.ipynb #83270b4c
 class Split(NamedTuple):
@@ -681,25 +690,38 @@ def _share(groups: np.ndarray, labels: np.ndarray, fraction: float, seed: int) -
         return groups, groups[:0]
     return train_test_split(groups, test_size=fraction, stratify=labels, random_state=seed)
 
-# %% ../nbs/00_data.ipynb #d18030cf
+# %% ../nbs/00_data.ipynb #1cab167c
+def first_connected(n: int, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """For each of n positions the first of those that it is tied to, directly or through others.
+
+    Parameters
+    ----------
+    n : int
+    one, other : ndarray of int, shape (k,)
+        The ties: position `one[i]` belongs together with `other[i]`.
+
+    Returns
+    -------
+    ndarray of int64, shape (n,)
+    """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    return first_equal(connected_components(coo_array((np.ones(len(one)), (one, other)), shape=(n, n)), directed=False)[1])
+
+# %% ../nbs/00_data.ipynb #4adea6ea
 def _joined(cells: CellImages, groups: np.ndarray | None) -> np.ndarray:
     "For each image the position of the first that it must stay with: identical ones, and those of the same group."
     exact = identical_groups(cells.images)
     if groups is None:
         return exact
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
     if any(group is None or group != group for group in groups):
         raise ValueError("groups hold None or NaN; wanted a value for each image. Remedy: give an image of no known group a value of its own.")
     if np.shape(groups) != (len(cells),):
         raise ValueError(f"groups have shape {np.shape(groups)}; wanted one for each of the {len(cells)} images.")
-    _, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
-    each, ties = np.arange(len(cells)), np.concatenate([exact, first[inverse]])
-    _, names = connected_components(coo_array((np.ones(len(ties)), (ties, np.tile(each, 2))), shape=(len(cells),) * 2), directed=False)
-    _, first, inverse = np.unique(names, return_index=True, return_inverse=True)
-    return first[inverse]
+    return first_connected(len(cells), np.append(exact, first_equal(groups)), np.tile(np.arange(len(cells)), 2))
 
+# %% ../nbs/00_data.ipynb #694720a5
 def split(cells: CellImages, val: float = 0.15, test: float = 0.15, seed: int = 0, groups: np.ndarray | None = None) -> Split:
     """Split into train, val and test: stratified by class, grouped by identical image.
 

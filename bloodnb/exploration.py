@@ -5,11 +5,10 @@
 # %% ../nbs/01_exploration.ipynb #4c6ea594
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import cv2
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -17,14 +16,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 
-from .data import CellImages, counts, unknown_name
+from .data import CellImages, counts, positions, unknown_name
 
 # %% auto #0
-__all__ = ['STATISTICS', 'EMBEDDINGS', 'count_table', 'plot_counts', 'show_samples', 'mean_images', 'plot_mean_images',
-           'cell_masks', 'pixel_statistics', 'plot_statistics', 'show_extremes', 'map_images', 'colour_texture',
-           'oddness', 'embed', 'plot_map']
+__all__ = ['STATISTICS', 'EMBEDDINGS', 'class_colours', 'count_table', 'plot_counts', 'show_samples', 'mean_images',
+           'plot_mean_images', 'cell_masks', 'pixel_statistics', 'plot_statistics', 'show_extremes', 'map_images',
+           'colour_texture', 'oddness', 'embed', 'plot_map']
 
 # %% ../nbs/01_exploration.ipynb #bcbfb3e5
+# The "bright" scheme of P. Tol (2021), Colour schemes, SRON technical note, which most of the colour-blind tell apart too; and black.
+_COLOURS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#BBBBBB", "#000000")
+
+def class_colours(class_names: Sequence[str]) -> dict[str, str]:
+    """A colour (`#RRGGBB`) for each class, by name; with more than eight classes colours come again."""
+    return {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(class_names)}
+
 def count_table(before: CellImages, after: CellImages | None = None) -> pd.DataFrame:
     """Images per class, a row each, with their share; with `after` also what is left of them.
 
@@ -49,11 +55,8 @@ def count_table(before: CellImages, after: CellImages | None = None) -> pd.DataF
 def plot_counts(before: CellImages, after: CellImages | None = None, ax: Axes | None = None) -> Figure:
     """Images per class as bars; with `after` (see `count_table`), what was dropped is hatched."""
     table = count_table(before, after).iloc[:-1]
-    fig = ax.figure if ax is not None else plt.figure(figsize=(8, 3.6), layout="constrained")
-    if ax is None:
-        plt.close(fig)  # out of pyplot's hands, or a notebook would show it twice
-        ax = fig.subplots()
-    palette = sns.color_palette("colorblind", len(table))
+    ax = Figure(figsize=(8, 3.6), layout="constrained").subplots() if ax is None else ax  # not by pyplot, or a notebook would show it twice
+    palette = list(class_colours(table.index).values())
     if after is not None:
         ax.barh(table.index, table["images"], color="none", edgecolor=palette, hatch="////")
     shown = table["images" if after is None else "left"]
@@ -64,7 +67,7 @@ def plot_counts(before: CellImages, after: CellImages | None = None, ax: Axes | 
     ax.invert_yaxis()
     ax.set(xlabel="images" if after is None else "images (hatched: dropped)", xlim=(0, table["images"].max() * 1.2))
     sns.despine(ax=ax)
-    return fig
+    return ax.figure
 
 # %% ../nbs/01_exploration.ipynb #b95a76a0
 def _show_image(ax: Axes, image: np.ndarray, title: str = "") -> None:
@@ -85,22 +88,23 @@ def show_samples(cells: CellImages, n: int = 8, seed: int = 0) -> Figure:
     seed : int
         Of the choice; the same for the same set.
     """
+    if n < 1:
+        raise ValueError(f"n is {n}; wanted 1 or more pictures in a row.")
     rng = np.random.default_rng(seed)
     if cells.labels is None:
         order = rng.permutation(len(cells))[: 4 * n]
-        rows = {"": order} if len(order) <= n else {i: order[i : i + n] for i in range(0, len(order), n)}
+        rows = [("", order[start : start + n]) for start in range(0, len(order), n)]
     else:
-        rows = {cells.class_names[label]: rng.permutation(np.flatnonzero(cells.labels == label))[:n] for label in np.unique(cells.labels)}
-    fig = plt.figure(figsize=(1.05 * n + 0.8, 1.2 * len(rows)), layout="constrained")
-    plt.close(fig)
+        rows = [(cells.class_names[label], rng.permutation(np.flatnonzero(cells.labels == label))[:n]) for label in np.unique(cells.labels)]
+    fig = Figure(figsize=(1.05 * n + 0.8, 1.2 * len(rows)), layout="constrained")
     axes = fig.subplots(len(rows), n, squeeze=False)
-    for row, (name, chosen) in zip(axes, rows.items()):
+    for row, (name, chosen) in zip(axes, rows):
         for ax in row:
             ax.axis("off")
         for ax, i in zip(row, chosen):
             ax.axis("on")
             _show_image(ax, cells.images[i], str(cells.index[i]))
-        row[0].set_ylabel(name if isinstance(name, str) else "", rotation=0, ha="right", va="center", fontsize=9)
+        row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
     return fig
 
 # %% ../nbs/01_exploration.ipynb #a8a85028
@@ -121,8 +125,7 @@ def plot_mean_images(cells: CellImages) -> Figure:
     means = mean_images(cells)
     present = np.flatnonzero(~np.isnan(means).all(axis=(1, 2, 3)))
     difference = means[present] - means[present].mean(axis=0)
-    fig = plt.figure(figsize=(1.3 * max(3, len(present)), 3.1), layout="constrained")
-    plt.close(fig)
+    fig = Figure(figsize=(1.3 * max(3, len(present)), 3.1), layout="constrained")
     axes = fig.subplots(2, len(present), squeeze=False)
     for column, label in enumerate(present):
         _show_image(axes[0, column], means[label].astype(np.uint8), cells.class_names[label])
@@ -208,12 +211,11 @@ def pixel_statistics(cells: CellImages) -> pd.DataFrame:
 def plot_statistics(statistics: pd.DataFrame) -> Figure:
     """The statistics of each class side by side, from `pixel_statistics`: box from quartile to quartile, whiskers to the 1st and 99th percentile."""
     order = list(dict.fromkeys(statistics.sort_values("class")["class"]))
-    fig = plt.figure(figsize=(12, 5.4), layout="constrained")
-    plt.close(fig)
+    fig = Figure(figsize=(12, 5.4), layout="constrained")
     axes = fig.subplots(2, 4, sharey=True)
-    palette = sns.color_palette("colorblind", len(order))
+    palette = class_colours(order)
     for ax, name in zip(axes.flat, STATISTICS):
-        sns.boxplot(statistics, x=name, y="class", order=order, hue="class", hue_order=order, palette=palette, whis=(1, 99), fliersize=1.5, legend=False, ax=ax)
+        sns.boxplot(statistics, x=name, y="class", order=order, hue="class", hue_order=order, palette=palette, fill=False, whis=(1, 99), fliersize=1.5, legend=False, ax=ax)
         ax.set(ylabel="")
     axes.flat[-1].axis("off")
     sns.despine(fig)
@@ -231,10 +233,15 @@ def show_extremes(cells: CellImages, n: int = 5, statistics: pd.DataFrame | None
     statistics : DataFrame, optional
         From `pixel_statistics(cells)`, if it is at hand.
     """
+    if n < 1:
+        raise ValueError(f"n is {n}; wanted 1 or more pictures at each end.")
     statistics = pixel_statistics(cells) if statistics is None else statistics
+    missing = {"index", "class", *STATISTICS} - set(statistics)
+    if missing or not np.array_equal(statistics["index"], cells.index):
+        got = f"no column {sorted(missing)}" if missing else f"{len(statistics)} rows with other indices"
+        raise ValueError(f"statistics of the {len(cells)} images: got a table with {got}; wanted a row for each, in their order. Remedy: pixel_statistics(cells).")
     n = min(n, max(1, len(cells) // 2))
-    fig = plt.figure(figsize=(1.05 * (2 * n + 0.4) + 1, 1.2 * len(STATISTICS)), layout="constrained")
-    plt.close(fig)
+    fig = Figure(figsize=(1.05 * (2 * n + 0.4) + 1, 1.2 * len(STATISTICS)), layout="constrained")
     axes = fig.subplots(len(STATISTICS), 2 * n + 1, squeeze=False, width_ratios=[*[1] * n, 0.3, *[1] * n])
     for row, name in zip(axes, STATISTICS):
         order = np.argsort(statistics[name].to_numpy(), kind="stable")
@@ -408,20 +415,26 @@ def plot_map(cells: CellImages, places: np.ndarray, odd: np.ndarray | None = Non
         From `embed`.
     odd : ndarray of int, shape (k,), optional
         Indices (of `cells.index`) of pictures to show.
+
+    Raises
+    ------
+    ValueError
+        If there is not one place for each image, or an index is not in the set.
     """
-    fig = ax.figure if ax is not None else plt.figure(figsize=(9, 7), layout="constrained")
-    if ax is None:
-        plt.close(fig)
-        ax = fig.subplots()
-    names = None if cells.labels is None else np.array(cells.class_names)[cells.labels]
-    order = None if names is None else [name for name in cells.class_names if name in set(names)]
-    palette = None if names is None else dict(zip(cells.class_names, sns.color_palette("colorblind", len(cells.class_names))))
-    sns.scatterplot(x=places[:, 0], y=places[:, 1], hue=names, hue_order=order, palette=palette, s=12, linewidth=0, alpha=0.7, ax=ax)
-    where = {int(index): i for i, index in enumerate(cells.index)}
-    for index in [] if odd is None else odd:
-        i = where[int(index)]
+    if np.shape(places) != (len(cells), 2):
+        raise ValueError(f"places have shape {np.shape(places)}; wanted ({len(cells)}, 2), a place for each image, as embed gives them.")
+    shown = positions(cells, [] if odd is None else odd)
+    ax = Figure(figsize=(9, 7), layout="constrained").subplots() if ax is None else ax
+    colours = {"color": "tab:blue"}
+    if cells.labels is not None:
+        names, palette = np.array(cells.class_names)[cells.labels], class_colours(cells.class_names)
+        colours = {"hue": names, "hue_order": [name for name in palette if name in names], "palette": palette}
+    sns.scatterplot(x=places[:, 0], y=places[:, 1], **colours, s=12, linewidth=0, alpha=0.8, ax=ax)
+    if cells.labels is not None:
+        ax.legend(markerscale=2.5)
+    for i in shown:
         picture = OffsetImage(cells.images[i], zoom=30 / cells.images.shape[2])
         ax.add_artist(AnnotationBbox(picture, places[i], frameon=True, pad=0.1, bboxprops={"edgecolor": "red", "lw": 1}))
     ax.set(xticks=[], yticks=[])
     ax.margins(0.06)
-    return fig
+    return ax.figure
