@@ -9,14 +9,14 @@ import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
-from .data import CellImages, class_label, counts, drop, sha256, take, unknown_name
-from .duplicates import find_duplicates, find_near_duplicates, near_groups
+from .data import CellImages, counts, drop, identical_groups, positions, sha256, unknown_name
+from .duplicates import find_duplicates, find_near_duplicates, near_findings, near_groups, unit_rows
 from .exploration import cell_masks, colour_texture, embed, map_images, oddness, plot_map
 
 # %% auto #0
@@ -49,18 +49,14 @@ def find_contaminants(cells: CellImages, features: np.ndarray | None = None, thr
     DataFrame
         Findings of the kind "contaminant"; the score is the oddness, the group that of the copies; none is kept.
     """
-    if features is not None and (np.ndim(features) != 2 or len(features) != len(cells)):
-        raise ValueError(f"features have shape {np.shape(features)}; wanted a row for each of the {len(cells)} images.")
+    rows, usual = (None, _FAR) if features is None else (unit_rows(features, len(cells)), _FAR_FEATURES)
     groups = near_groups(cells.images)[0] if groups is None else groups
+    if np.shape(groups) != (len(cells),):
+        raise ValueError(f"groups have shape {np.shape(groups)}; wanted one for each of the {len(cells)} images, as near_groups gives them.")
     single = np.unique(groups)
     if len(single) < _FEW:
-        return _findings(cells, np.empty(0, int), "contaminant", np.empty(0))
-    if features is None:
-        rows, usual = colour_texture(cells.images, single), _FAR
-    else:
-        rows, usual = np.asarray(features, np.float32)[single], _FAR_FEATURES
-        rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
-    odd = oddness(rows)
+        return _findings(cells, np.empty(0, int), "contaminant", np.zeros(len(cells)))
+    odd = oddness(colour_texture(cells.images, single) if rows is None else rows[single])
     score = odd[np.searchsorted(single, groups)]
     return _findings(cells, np.flatnonzero(score > (usual if threshold is None else threshold)), "contaminant", score, cells.index[groups])
 
@@ -95,17 +91,13 @@ def find_similar(cells: CellImages, features: np.ndarray, references: Sequence[i
     ValueError
         If no reference is given, or one is not in the set.
     """
-    references = np.asarray(references, np.int64).reshape(-1)
-    if not len(references):
+    known = positions(cells, np.unique(references))
+    if not len(known):
         raise ValueError("no references given; wanted the index of at least one picture that is known to be junk.")
-    if np.ndim(features) != 2 or len(features) != len(cells):
-        raise ValueError(f"features have shape {np.shape(features)}; wanted a row for each of the {len(cells)} images.")
-    known = take(cells, np.unique(references)).index
-    rows = np.asarray(features, np.float32)
-    rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
-    cosine = rows @ rows[[int(np.flatnonzero(cells.index == index)[0]) for index in known]].T
+    rows = unit_rows(features, len(cells))
+    cosine = rows @ rows[known].T
     best = cosine.max(axis=1)
-    return _findings(cells, np.flatnonzero(best > threshold), "like a reference", best, known[cosine.argmax(axis=1)])
+    return _findings(cells, np.flatnonzero(best > threshold), "like a reference", best, cells.index[known[cosine.argmax(axis=1)]])
 
 # %% ../nbs/02_cleaning.ipynb #2dddd9d5
 def _moments(images: np.ndarray) -> np.ndarray:
@@ -153,23 +145,20 @@ def plot_bounds(cells: CellImages, class_name: str, alpha: float = 3.0, ax: Axes
     """Mean and standard deviation of each image of a class, and what the two rules of `find_outliers` permit."""
     if cells.labels is None:
         raise ValueError(f"{cells.source} has no labels, so there are no classes; wanted a labelled source.")
-    label = class_label(class_name)
-    if label not in cells.labels:
-        raise ValueError(f"{cells.source} has no {class_name}; wanted a class that it has.")
-    values = _moments(cells.images[cells.labels == label])
-    fig = ax.figure if ax is not None else plt.figure(figsize=(6.5, 4.6), layout="constrained")
-    if ax is None:
-        plt.close(fig)  # out of pyplot's hands, or a notebook would show it twice
-        ax = fig.subplots()
+    present = [cells.class_names[label] for label in np.unique(cells.labels)]
+    if class_name not in present:
+        raise ValueError(f"{cells.source}: {unknown_name('class', class_name, present)}")
+    values = _moments(cells.images[cells.labels == cells.class_names.index(class_name)])
+    ax = Figure(figsize=(6.5, 4.6), layout="constrained").subplots() if ax is None else ax
     places, times = np.unique(values, axis=0, return_counts=True)
-    ax.scatter(*places.T, s=6 + 4 * np.sqrt(times - 1), alpha=0.5, color="0.3", label=f"{cells.class_names[label]} ({len(values):,} images)")
+    ax.scatter(*places.T, s=6 + 4 * np.sqrt(times - 1), alpha=0.5, color="0.3", label=f"{class_name} ({len(values):,} images)")
     for robust, colour, name in ((False, "tab:red", "mean, deviation"), (True, "tab:blue", "median, MAD")):
         center, room = _bounds(values, alpha, robust)
-        ax.add_patch(plt.Rectangle(center - room, *(2 * room), fill=False, edgecolor=colour, lw=2, label=f"{name}, alpha {alpha:g}"))
+        ax.add_patch(Rectangle(center - room, *(2 * room), fill=False, edgecolor=colour, lw=2, label=f"{name}, alpha {alpha:g}"))
         ax.plot(*center, "+", color=colour, ms=12, mew=2)
     ax.set(xlabel="mean of the pixels", ylabel="standard deviation of the pixels")
     ax.legend(fontsize=8)
-    return fig
+    return ax.figure
 
 # %% ../nbs/02_cleaning.ipynb #59fd797a
 def show_findings(cells: CellImages, findings: pd.DataFrame, n: int = 32, columns: int = 8) -> Figure:
@@ -188,13 +177,12 @@ def show_findings(cells: CellImages, findings: pd.DataFrame, n: int = 32, column
     groups = gone.groupby("group", sort=False).agg(example=("index", "first"), kind=("kind", "first"), score=("score", "max"), images=("index", "nunique"))
     groups = groups.sort_values(["images", "score"], ascending=False, kind="stable").head(n)
     rows = max(1, -(-len(groups) // columns))
-    fig = plt.figure(figsize=(1.25 * columns, 1.6 * rows), layout="constrained")
-    plt.close(fig)
+    fig = Figure(figsize=(1.25 * columns, 1.6 * rows), layout="constrained")
     axes = fig.subplots(rows, columns, squeeze=False).ravel()
     for ax in axes:
         ax.axis("off")
-    for ax, row in zip(axes, groups.itertuples()):
-        ax.imshow(take(cells, [row.example]).images[0])
+    for ax, row, at in zip(axes, groups.itertuples(), positions(cells, groups["example"])):
+        ax.imshow(cells.images[at])
         many = f", {row.images} times" if row.images > 1 else ""
         ax.set_title(f"{row.example}{many}\n{row.kind} {row.score:.2g}", fontsize=7, pad=2)
     return fig
@@ -223,22 +211,21 @@ def combine(*findings: pd.DataFrame, at_least: int = 1) -> pd.DataFrame:
     return table[table["kept"] | table["index"].isin(agreed)].sort_values(["index", "kind"], kind="stable", ignore_index=True)
 
 # %% ../nbs/02_cleaning.ipynb #4470115d
-def _standard(cells: CellImages, features: np.ndarray | None = None) -> pd.DataFrame:
+def _standard(cells: CellImages, features: np.ndarray | None) -> pd.DataFrame:
     "Near copies and contaminants; the groups of copies are looked for once."
-    copies = find_near_duplicates(cells)
-    groups = pd.Series(cells.index, index=cells.index)
-    groups[copies["index"]] = copies["group"].to_numpy()
-    position = pd.Series(np.arange(len(cells)), index=cells.index)
-    return combine(copies, find_contaminants(cells, features, groups=position[groups.to_numpy()].to_numpy()))
+    exact = identical_groups(cells.images)
+    groups, similarity = near_groups(cells.images, exact=exact)
+    return combine(near_findings(cells, groups, similarity, exact), find_contaminants(cells, features, groups=groups))
 
-CLEANINGS: dict[str, Callable[[CellImages], pd.DataFrame]] = {
+# Each takes the cells and their features (or None, for colour and texture), whether it looks at features or not.
+CLEANINGS: dict[str, Callable[[CellImages, np.ndarray | None], pd.DataFrame]] = {
     "standard": _standard,
-    "none": lambda cells: find_duplicates(cells).iloc[:0],
-    "exact": find_duplicates,
-    "near": find_near_duplicates,
+    "none": lambda cells, features: _findings(cells, np.empty(0, int), "none", np.zeros(len(cells))),
+    "exact": lambda cells, features: find_duplicates(cells),
+    "near": lambda cells, features: find_near_duplicates(cells),
     "contaminants": find_contaminants,
-    "mean_std": find_outliers,
-    "median_mad": lambda cells: find_outliers(cells, alpha=4.0, robust=True),
+    "mean_std": lambda cells, features: find_outliers(cells),
+    "median_mad": lambda cells, features: find_outliers(cells, alpha=4.0, robust=True),
 }
 
 def check_cleaning(cleaning: str) -> str:
@@ -276,14 +263,12 @@ def find_all(cells: CellImages, cleaning: str = "standard", features: np.ndarray
     ValueError
         If the cleaning is unknown, or a reference is not in the set.
     """
-    def find(name: str) -> pd.DataFrame:
-        return CLEANINGS[name](cells, features) if features is not None and name in ("standard", "contaminants") else CLEANINGS[name](cells)
-
-    found = [find(name) for name in check_cleaning(cleaning).split("+")]
+    found = [CLEANINGS[name](cells, features) for name in check_cleaning(cleaning).split("+")]
     if len(references):
         found.append(find_similar(cells, reference_features, references, similarity))
     return combine(*found)
 
+# %% ../nbs/02_cleaning.ipynb #6eac300a
 def drop_findings(cells: CellImages, findings: pd.DataFrame) -> CellImages:
     """The images that findings leave; one finding that drops an image is enough. ValueError if none is left."""
     gone = findings.loc[~findings["kept"], "index"].unique()
@@ -305,12 +290,12 @@ def findings_table(findings: pd.DataFrame) -> pd.DataFrame:
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("kind")
     return table.assign(kept=table["images"] - table["dropped"])
 
-def summarize(cells: CellImages, findings: pd.DataFrame) -> dict:
-    """Numbers of a cleaning for `metrics.json`: n, dropped, by kind, and images per class before and after."""
-    table, left = findings_table(findings), drop_findings(cells, findings)
-    summary = {"n": len(cells), "dropped": int(table.at["any", "dropped"]), "left": len(left),
+def summarize(cells: CellImages, cleaned: CellImages, findings: pd.DataFrame) -> dict:
+    """Numbers of a cleaning for `metrics.json`: images before, dropped and left, by kind, and by class before and after."""
+    table = findings_table(findings)
+    summary = {"n": len(cells), "dropped": len(cells) - len(cleaned), "left": len(cleaned),
                "kinds": {kind: {name: int(value) for name, value in row.items()} for kind, row in table.drop("any").iterrows()}}
-    return summary | ({} if cells.labels is None else {"per_class": {"before": counts(cells), "after": counts(left)}})
+    return summary | ({} if cells.labels is None else {"per_class": {"before": counts(cells), "after": counts(cleaned)}})
 
 def plot_findings_map(cells: CellImages, findings: pd.DataFrame, n: int = 30) -> Figure:
     """The map of all images by colour and texture (`bloodnb.exploration.plot_map`), with pictures of what is dropped but is no mere copy."""
@@ -358,19 +343,30 @@ _HEADER = "# bloodnb blacklist for data with sha256 "
 _COLUMNS = ["index", "kind", "score", "group", "kept"]
 
 def _checksum(cells: CellImages) -> str:
-    "Of the data and of the index: the same pictures under other numbers are other data to a blacklist."
+    "SHA-256 of the data's sha256 and of the index: the same pictures under other numbers are other data to a blacklist."
     return hashlib.sha256(sha256(cells).encode() + cells.index.tobytes()).hexdigest()
 
 def write_blacklist(findings: pd.DataFrame, path: str | Path, cells: CellImages) -> Path:
-    """Write findings as CSV, with the checksum of the data that they speak of; returns the path."""
+    """Write findings as CSV, with the checksum of the data that they speak of; returns the path.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such folder.
+    ValueError
+        If these are no findings, or findings of other images.
+    """
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no folder {path.parent} to write {path.name} to; wanted one that exists. Remedy: Path({str(path.parent)!r}).mkdir(parents=True).")
+    _check_findings(findings, "findings to write", cells)
     with path.open("w", newline="", encoding="utf-8") as file:
         file.write(f"{_HEADER}{_checksum(cells)}\n")
         findings.to_csv(file, index=False)
     return path
 
 def blacklist_sha256(path: str | Path) -> str:
-    """The checksum of the data that a blacklist was made from.
+    """The checksum of the data (its `bloodnb.data.sha256` and the numbering of its images) that a blacklist was made from.
 
     Raises
     ------
@@ -401,8 +397,9 @@ def read_blacklist(path: str | Path, cells: CellImages) -> pd.DataFrame:
     """
     made_from, here = blacklist_sha256(path), _checksum(cells)
     if made_from != here:
-        raise ValueError(f"{path} was made from other data than {cells.source}: sha256 {made_from[:12]}... there, {here[:12]}... here. "
-                         "Remedy: make the blacklist again from this data, read at the same size.")
+        raise ValueError(f"{path} was made from other data than {cells.source}: its checksum (of size, pixels and labels, and of the numbering of the images) "
+                         f"is {made_from[:12]}..., wanted {here[:12]}... Remedy: read the data as it was then (same source, parts and image size), "
+                         "or make the blacklist again from this data.")
     try:
         table = pd.read_csv(path, skiprows=1, encoding="utf-8-sig")
     except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
@@ -410,13 +407,14 @@ def read_blacklist(path: str | Path, cells: CellImages) -> pd.DataFrame:
     return _check_findings(table, path, cells)
 
 # %% ../nbs/02_cleaning.ipynb #b71d9785
-def _check_findings(table: pd.DataFrame, path: str | Path, cells: CellImages) -> pd.DataFrame:
+def _check_findings(table: pd.DataFrame, name: str | Path, cells: CellImages) -> pd.DataFrame:
     if list(table.columns) != _COLUMNS:
-        raise ValueError(f"{path} has the columns {list(table.columns)}; wanted {_COLUMNS}.")
+        raise ValueError(f"{name}: got the columns {list(table.columns)}; wanted {_COLUMNS}, as the detectors give them.")
     if table["kept"].dtype != bool and len(table):
-        raise ValueError(f"{path}: kept holds {sorted(set(map(str, table['kept'])))[:4]}; wanted True or False in every row.")
-    if not table["index"].isin(cells.index).all():
-        raise ValueError(f"{path} names images that {cells.source} does not have.")
+        raise ValueError(f"{name}: kept holds {sorted(set(map(str, table['kept'])))[:4]}; wanted True or False in every row.")
+    unknown = table.loc[~table["index"].isin(cells.index), "index"]
+    if len(unknown):
+        raise ValueError(f"{name}: {cells.source} does not have the images {unknown.tolist()[:5]} ({len(unknown)} in all); wanted rows for its own images only.")
     return table.astype({"kept": bool})
 
 def apply_blacklist(cells: CellImages, path: str | Path) -> tuple[CellImages, pd.DataFrame]:

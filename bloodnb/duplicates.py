@@ -5,23 +5,22 @@
 # %% ../nbs/02_duplicates.ipynb #59e9cc58
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from itertools import combinations
+from typing import NamedTuple
 
 import cv2
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
-from .data import CellImages, identical_groups, image_digests, take
+from .data import CellImages, first_connected, first_equal, identical_groups, image_digests, take
 from .exploration import map_images
 
 # %% auto #0
 __all__ = ['group_findings', 'find_duplicates', 'find_label_conflicts', 'find_by_sampling', 'thumbnails', 'noise_levels',
-           'near_pairs', 'near_groups', 'find_near_duplicates', 'perceptual_hashes', 'find_by_phash',
-           'find_by_features', 'show_groups', 'audit_split', 'plot_leaks']
+           'near_pairs', 'near_groups', 'near_findings', 'find_near_duplicates', 'perceptual_hashes', 'find_by_phash',
+           'unit_rows', 'find_by_features', 'show_groups', 'audit_split', 'plot_leaks']
 
 # %% ../nbs/02_duplicates.ipynb #30a2b743
 def group_findings(cells: CellImages, groups: np.ndarray, score: np.ndarray, kind: Sequence[str] | str, planted: np.ndarray | None = None,
@@ -176,9 +175,6 @@ def _agreement(one: np.ndarray, other: np.ndarray, noise_one: float, noise_other
     return min(1.0, best / np.sqrt(kept[0] * kept[1]).clip(0.1))
 
 # %% ../nbs/02_duplicates.ipynb #d0c16bd3
-_TURNS: tuple[Callable[[np.ndarray], np.ndarray], ...] = tuple(
-    lambda picture, k=k, mirrored=mirrored: np.rot90(np.fliplr(picture) if mirrored else picture, k) for mirrored in (False, True) for k in range(4))
-
 def _candidates(one: np.ndarray, other: np.ndarray, least: float, block: int = 512):
     "Positions (i, js) of thumbnails of `one` and those of `other` whose correlation is at least `least`, a row at a time."
     for start in range(0, len(one), block):
@@ -196,6 +192,10 @@ def _blank_pairs(images: np.ndarray, at: np.ndarray, blank: np.ndarray, group: n
             group[like] = i
             pairs += [(at[i], at[j], 1.0) for j in like]
     return pairs
+
+# %% ../nbs/02_duplicates.ipynb #d46fe889
+_TURNS: tuple[Callable[[np.ndarray], np.ndarray], ...] = tuple(
+    lambda picture, k=k, mirrored=mirrored: np.rot90(np.fliplr(picture) if mirrored else picture, k) for mirrored in (False, True) for k in range(4))
 
 def near_pairs(images: np.ndarray, least: float = _COPY, turned: bool = False, at: np.ndarray | None = None) -> pd.DataFrame:
     """Pairs of different pictures that show the same, enough of them to tie each group together.
@@ -224,8 +224,8 @@ def near_pairs(images: np.ndarray, least: float = _COPY, turned: bool = False, a
     (thumbs, contrast), (details, noise), group = _coarse(images, at=at), _details(images, at), np.arange(len(at))
     of_noise = np.sqrt(noise) * np.sqrt(thumbs.shape[1]) / details.shape[1]  # what noise alone leaves in a thumbnail
     pairs = _blank_pairs(images, at, np.flatnonzero(contrast < np.maximum(1, 2 * of_noise)), group)
+    side = int(np.sqrt(thumbs.shape[1]))
     for turn in _TURNS[: 8 if turned else 1]:
-        side = int(np.sqrt(thumbs.shape[1]))
         turned_thumbs = np.stack([turn(thumb.reshape(side, side)).ravel() for thumb in thumbs])
         for i, others in _candidates(turned_thumbs, thumbs, least):
             detail, others, failed = np.ascontiguousarray(turn(details[i])), others[(others > i) & (group[others] != group[i])], 0
@@ -239,9 +239,16 @@ def near_pairs(images: np.ndarray, least: float = _COPY, turned: bool = False, a
                 failed += similarity < least
     return pd.DataFrame(pairs, columns=["first", "second", "similarity"]).astype({"first": int, "second": int, "similarity": float})
 
-# %% ../nbs/02_duplicates.ipynb #b6bafe95
-def near_groups(images: np.ndarray, least: float = _COPY, turned: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Groups of pictures that show the same, identical or nearly so (see `near_pairs` for parameters).
+# %% ../nbs/02_duplicates.ipynb #0b39f79c
+def near_groups(images: np.ndarray, least: float = _COPY, turned: bool = False, exact: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Groups of pictures that show the same, identical or nearly so.
+
+    Parameters
+    ----------
+    images, least, turned
+        See `near_pairs`.
+    exact : ndarray of int, shape (n,), optional
+        `bloodnb.data.identical_groups(images)`, if it is at hand.
 
     Returns
     -------
@@ -250,7 +257,7 @@ def near_groups(images: np.ndarray, least: float = _COPY, turned: bool = False) 
     ndarray of float, shape (n,)
         Similarity to another picture of the group that it was found by; 1 for identical ones, 0 for a picture that is alone.
     """
-    exact = identical_groups(images)
+    exact = identical_groups(images) if exact is None else exact
     different, times = np.unique(exact, return_counts=True)
     similarity = np.zeros(len(images))
     similarity[different] = times > 1
@@ -259,10 +266,8 @@ def near_groups(images: np.ndarray, least: float = _COPY, turned: bool = False) 
     for ends in (first, second):
         np.maximum.at(similarity, ends, pairs["similarity"].to_numpy())
     n = len(images)
-    ties = coo_array((np.ones(len(first) + n), (np.append(first, exact), np.append(second, np.arange(n)))), shape=(n, n))
-    _, names = connected_components(ties, directed=False)
-    _, position, inverse = np.unique(names, return_index=True, return_inverse=True)
-    return position[inverse], similarity[exact]
+    groups = first_connected(n, np.append(first, exact), np.append(second, np.arange(n)))
+    return groups, similarity[exact]
 
 # %% ../nbs/02_duplicates.ipynb #83567065
 def _grain_and_light(images: np.ndarray, at: np.ndarray) -> np.ndarray:
@@ -277,6 +282,29 @@ def _unusualness(images: np.ndarray, asked: np.ndarray) -> np.ndarray:
     away = np.zeros(len(images))
     away[asked] = (np.abs(_grain_and_light(images, asked) - center) / spread).sum(axis=1) if len(asked) else 0
     return away
+
+# %% ../nbs/02_duplicates.ipynb #60cbfccf
+def near_findings(cells: CellImages, groups: np.ndarray, similarity: np.ndarray, exact: np.ndarray, max_copies: int = 3, max_photos: int = 20) -> pd.DataFrame:
+    """What `find_near_duplicates` says of groups that are known.
+
+    Parameters
+    ----------
+    cells : CellImages
+    groups, similarity : ndarray, shape (n,)
+        From `near_groups`.
+    exact : ndarray of int, shape (n,)
+        From `bloodnb.data.identical_groups`.
+    max_copies, max_photos : int
+        See `find_near_duplicates`.
+
+    Returns
+    -------
+    DataFrame
+        As `find_near_duplicates`.
+    """
+    kinds = np.where(_sizes(exact) > 1, "exact duplicate", "near duplicate")
+    planted = (_sizes(exact) > max_copies) | (_sizes(groups) > max_photos)
+    return group_findings(cells, groups, similarity, kinds, planted, _unusualness(cells.images, np.flatnonzero((_sizes(groups) > 1) & ~planted)))
 
 def find_near_duplicates(cells: CellImages, max_copies: int = 3, max_photos: int = 20, least: float = _COPY, turned: bool = False) -> pd.DataFrame:
     """Find images that show the same, though noise, JPEG or brightness made their pixels differ.
@@ -296,11 +324,9 @@ def find_near_duplicates(cells: CellImages, max_copies: int = 3, max_photos: int
         Findings with the kinds "exact duplicate" (an image that has an identical one), "near duplicate", "label conflict" and "planted"
         (see `group_findings`). Kept is the image whose grain and brightness are most usual in the set, the first of equal ones.
     """
-    groups, similarity = near_groups(cells.images, least, turned)
     exact = identical_groups(cells.images)
-    kinds = np.where(_sizes(exact) > 1, "exact duplicate", "near duplicate")
-    planted = (_sizes(exact) > max_copies) | (_sizes(groups) > max_photos)
-    return group_findings(cells, groups, similarity, kinds, planted, _unusualness(cells.images, np.flatnonzero((_sizes(groups) > 1) & ~planted)))
+    groups, similarity = near_groups(cells.images, least, turned, exact)
+    return near_findings(cells, groups, similarity, exact, max_copies, max_photos)
 
 # %% ../nbs/02_duplicates.ipynb #3d40ade6
 def perceptual_hashes(images: np.ndarray) -> np.ndarray:
@@ -332,7 +358,34 @@ def find_by_phash(cells: CellImages, max_distance: int = 4, max_photos: int = 20
     return _find_by_cosine(cells, signs, 1 - 2 * (max_distance + 0.5) / 64, max_photos, lambda cosine: (1 + cosine) / 2)
 
 # %% ../nbs/02_duplicates.ipynb #105754b8
+def unit_rows(features: np.ndarray, n: int, center: bool = False) -> np.ndarray:
+    """Features of n images as float32 rows of length 1, whose scalar product is their cosine; a row of zeros stays one.
+
+    Parameters
+    ----------
+    features : ndarray of float, shape (n, d)
+    n : int
+        Number of the images.
+    center : bool
+        Take off the mean of all rows first.
+
+    Raises
+    ------
+    ValueError
+        If there is not one row for each image, or a value is no number.
+    """
+    from sklearn.preprocessing import normalize
+
+    rows = np.asarray(features, np.float32)
+    if rows.ndim != 2 or len(rows) != n:
+        raise ValueError(f"features have shape {rows.shape}; wanted a row for each of the {n} images.")
+    if not np.isfinite(rows).all():
+        raise ValueError(f"features of {(~np.isfinite(rows).all(axis=1)).sum()} of the {n} images hold NaN or infinity; wanted numbers.")
+    return normalize(rows - rows.mean(axis=0) if center else rows)
+
+# %% ../nbs/02_duplicates.ipynb #b3f0b384
 def _find_by_cosine(cells: CellImages, rows: np.ndarray, least: float, max_photos: int, to_score=lambda cosine: cosine) -> pd.DataFrame:
+    "Tie images whose rows, of length 1, have a cosine of at least `least`; the score is made of the largest cosine with another."
     group, best = np.arange(len(rows)), np.zeros(len(rows))
     for i, others in _candidates(rows, rows, least):
         others = others[others != i]
@@ -341,8 +394,7 @@ def _find_by_cosine(cells: CellImages, rows: np.ndarray, least: float, max_photo
             met = np.unique(group[others])
             if len(met) > 1 or met[0] != group[i]:
                 group[np.isin(group, met)] = group[i]
-    _, position, inverse = np.unique(group, return_index=True, return_inverse=True)
-    groups = position[inverse]
+    groups = first_equal(group)
     return group_findings(cells, groups, best.clip(0, 1), "near duplicate", _sizes(groups) > max_photos)
 
 def find_by_features(cells: CellImages, features: np.ndarray, least: float = 0.97, max_photos: int = 20) -> pd.DataFrame:
@@ -363,10 +415,7 @@ def find_by_features(cells: CellImages, features: np.ndarray, least: float = 0.9
     DataFrame
         Findings with the kinds "near duplicate", "label conflict" and "planted" (see `group_findings`); the score is the cosine.
     """
-    if len(features) != len(cells) or np.ndim(features) != 2:
-        raise ValueError(f"features have shape {np.shape(features)}; wanted a row for each of the {len(cells)} images.")
-    rows = np.asarray(features, np.float32) - np.mean(features, axis=0, dtype=np.float32)
-    return _find_by_cosine(cells, rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6), least, max_photos)
+    return _find_by_cosine(cells, unit_rows(features, len(cells), center=True), least, max_photos)
 
 # %% ../nbs/02_duplicates.ipynb #7cc484fd
 def show_groups(cells: CellImages, findings: pd.DataFrame, n: int = 6, copies: int = 8) -> Figure:
@@ -383,8 +432,7 @@ def show_groups(cells: CellImages, findings: pd.DataFrame, n: int = 6, copies: i
     """
     largest = findings.groupby("group").size().sort_values(ascending=False, kind="stable").index[:n]
     rows = max(1, len(largest))
-    fig = plt.figure(figsize=(1.1 * copies, 1.4 * rows), layout="constrained")
-    plt.close(fig)  # out of pyplot's hands, or a notebook would show it twice
+    fig = Figure(figsize=(1.1 * copies, 1.4 * rows), layout="constrained")
     for strip, group in zip(np.atleast_1d(fig.subfigures(rows, 1)), [*largest] or [None]):
         axes = strip.subplots(1, copies, squeeze=False)[0]
         for ax in axes:
@@ -405,6 +453,28 @@ def _show_group(axes, cells: CellImages, members: pd.DataFrame) -> None:
             ax.plot([0, 1], [0, 1], [0, 1], [1, 0], color="red", lw=1, transform=ax.transAxes)
 
 # %% ../nbs/02_duplicates.ipynb #8b9eb315
+class _Part(NamedTuple):
+    "A part of a split with all that its images are compared by."
+
+    name: str
+    index: np.ndarray
+    digests: np.ndarray
+    thumbs: np.ndarray
+    details: np.ndarray
+    noise: np.ndarray
+    groups: Sequence[Hashable]
+
+def _describe(name: str, cells: CellImages, groups: Mapping[str, Sequence] | None) -> _Part:
+    if groups is not None and len(groups.get(name, ())) != len(cells):
+        raise ValueError(f"groups of part {name!r}: got {len(groups[name]) if name in groups else 'none'}; wanted one for each of its {len(cells)} images.")
+    return _Part(name, cells.index, image_digests(cells.images), thumbnails(cells.images), *_details(cells.images), () if groups is None else groups[name])
+
+def _common(one: Iterable[Hashable], other: Iterable[Hashable]) -> dict[Hashable, tuple[int, int]]:
+    "For each value that both have, the position of the first such one in each."
+    first, first_other = ({value: at for at, value in reversed(list(enumerate(values)))} for values in (one, other))
+    return {value: (at, first_other[value]) for value, at in first.items() if value in first_other}
+
+# %% ../nbs/02_duplicates.ipynb #89d4a649
 def _nearest(one: np.ndarray, other: np.ndarray, n: int = 3, block: int = 512) -> set[tuple[int, int]]:
     "For each thumbnail of `one` the `n` most similar ones of `other`, as pairs of positions."
     n, pairs = min(n, len(other)), set()
@@ -413,22 +483,28 @@ def _nearest(one: np.ndarray, other: np.ndarray, n: int = 3, block: int = 512) -
         pairs |= {(start + i, int(j)) for i, js in enumerate(best) for j in js}
     return pairs
 
-def _closest(one: CellImages, other: CellImages, n: int, least: float) -> list[tuple[int, int, float]]:
+def _closest(one: _Part, other: _Part, n: int, least: float) -> list[tuple[int, int, float]]:
     "For each image its copies in the other part (at most 3), and the `n` closest other pairs: positions and similarity."
-    if one.images.shape[1:] != other.images.shape[1:]:
-        raise ValueError(f"{one.source} has pictures of {one.images.shape[1:3]}, {other.source} of {other.images.shape[1:3]} pixels; wanted one size. "
-                         "Remedy: load both with the same size.")
-    thumbs, other_thumbs = thumbnails(one.images), thumbnails(other.images)
-    (details, noise), (other_details, other_noise) = _details(one.images), _details(other.images)
-    pairs = _nearest(thumbs, other_thumbs) | {(i, j) for j, i in _nearest(other_thumbs, thumbs)}
     rows = []
-    for i, j in sorted(pairs):
-        coarse = float(thumbs[i] @ other_thumbs[j])
-        fine = 0.0 if coarse < 0.5 else _agreement(details[i], other_details[j], noise[i], other_noise[j])
+    for i, j in sorted(_nearest(one.thumbs, other.thumbs) | {(i, j) for j, i in _nearest(other.thumbs, one.thumbs)}):
+        coarse = float(one.thumbs[i] @ other.thumbs[j])
+        fine = 0.0 if coarse < 0.5 else _agreement(one.details[i], other.details[j], one.noise[i], other.noise[j])
         rows.append((i, j, min(fine, 1.0 if coarse >= least else coarse)))
     rows.sort(key=lambda row: -row[2])
     return rows[: sum(row[2] >= least for row in rows) + n]
 
+def _pairs(one: _Part, other: _Part, n: int, least: float) -> list[tuple[str, float, int, int]]:
+    "Kind of leak, similarity and positions of the pairs that `audit_split` lists of two parts."
+    exact = _common(one.digests, other.digests)
+    copies = {(i, exact[digest][1]) for i, digest in enumerate(one.digests) if digest in exact}  # each image with the first such one of the other part
+    copies |= {(exact[digest][0], j) for j, digest in enumerate(other.digests) if digest in exact}
+    rows = [("exact", 1.0, i, j) for i, j in sorted(copies, key=lambda pair: (one.index[pair[0]], other.index[pair[1]]))]
+    for i, j, similarity in _closest(one, other, n, least):
+        if one.digests[i] != other.digests[j]:
+            rows.append(("near" if similarity >= least else "", similarity, i, j))
+    return rows + [("group", np.nan, i, j) for _, (i, j) in sorted(_common(one.groups, other.groups).items(), key=lambda item: str(item[0]))]
+
+# %% ../nbs/02_duplicates.ipynb #58d4cd5d
 def audit_split(parts: Mapping[str, CellImages], groups: Mapping[str, Sequence] | None = None, n: int = 8, least: float = _COPY) -> pd.DataFrame:
     """Look for pictures that stand, as themselves, as a near copy or by their group, in more than one part.
 
@@ -449,40 +525,22 @@ def audit_split(parts: Mapping[str, CellImages], groups: Mapping[str, Sequence] 
         A row per pair, leaks first, then by similarity: `leak` ("exact", "near", "group", or "" for none), `similarity` (0..1; NaN for a group),
         `part`, `index`, `other_part`, `other_index`. Each image that leaks is listed with at most 3 of its copies in another part; of a group
         that two parts share one pair is listed.
+
+    Raises
+    ------
+    ValueError
+        If the parts have pictures of different sizes, or `groups` has not one value for each image.
     """
-    rows, names = [], list(parts)
-    digests = {name: dict(zip(map(int, cells.index), image_digests(cells.images))) for name, cells in parts.items()}
-    for at, name in enumerate(names):
-        for other in names[at + 1 :]:
-            one, two = parts[name], parts[other]
-            exact = _exact_pairs(one, two)
-            rows += [("exact", 1.0, name, i, other, j) for i, j in exact]
-            for i, j, similarity in _closest(one, two, n, least):
-                index, other_index = int(one.index[i]), int(two.index[j])
-                if digests[name][index] != digests[other][other_index]:
-                    rows.append(("near" if similarity >= least else "", similarity, name, index, other, other_index))
-            rows += [("group", np.nan, name, i, other, j) for i, j in _shared(one, two, groups, name, other)]
+    sizes = {name: cells.images.shape[1:3] for name, cells in parts.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"the parts have pictures of different sizes: {sizes}; wanted one size. Remedy: load all with the same size.")
+    described = [_describe(name, cells, groups) for name, cells in parts.items()]
+    rows = [(leak, similarity, one.name, int(one.index[i]), other.name, int(other.index[j]))
+            for one, other in combinations(described, 2) for leak, similarity, i, j in _pairs(one, other, n, least)]
     table = pd.DataFrame(rows, columns=["leak", "similarity", "part", "index", "other_part", "other_index"])
     table["harmless"] = table["leak"] == ""
     order = table.sort_values(["harmless", "similarity", "part", "index"], ascending=[True, False, True, True], ignore_index=True)
     return order.drop(columns="harmless")
-
-def _exact_pairs(one: CellImages, two: CellImages) -> list[tuple[int, int]]:
-    "Indices of identical images in two parts: each image of a part with the first such one of the other."
-    digests = [image_digests(cells.images) for cells in (one, two)]
-    first = [dict(reversed(list(zip(part, map(int, cells.index))))) for part, cells in zip(digests, (one, two))]
-    pairs = {(int(i), first[1][digest]) for digest, i in zip(digests[0], one.index) if digest in first[1]}
-    return sorted(pairs | {(first[0][digest], int(j)) for digest, j in zip(digests[1], two.index) if digest in first[0]})
-
-def _shared(one: CellImages, two: CellImages, groups, name: str, other: str) -> list[tuple[int, int]]:
-    "For each group in both parts, the index of its first image in each."
-    if groups is None:
-        return []
-    for part, cells in ((name, one), (other, two)):
-        if part not in groups or len(groups[part]) != len(cells):
-            raise ValueError(f"groups of part {part!r}: got {len(groups[part]) if part in groups else 'none'}; wanted one for each of its {len(cells)} images.")
-    first = [dict(reversed(list(zip(groups[part], map(int, cells.index))))) for part, cells in ((name, one), (other, two))]
-    return [(first[0][group], first[1][group]) for group in sorted(set(first[0]) & set(first[1]), key=str)]
 
 # %% ../nbs/02_duplicates.ipynb #b6120049
 def plot_leaks(parts: Mapping[str, CellImages], audit: pd.DataFrame, n: int = 8, skip_exact: bool = False) -> Figure:
@@ -501,8 +559,7 @@ def plot_leaks(parts: Mapping[str, CellImages], audit: pd.DataFrame, n: int = 8,
     """
     shown = audit[audit["leak"] != "exact"] if skip_exact else audit
     shown = shown.head(n)
-    fig = plt.figure(figsize=(1.25 * max(4, len(shown)), 3.1), layout="constrained")
-    plt.close(fig)
+    fig = Figure(figsize=(1.25 * max(4, len(shown)), 3.1), layout="constrained")
     axes = fig.subplots(2, max(1, len(shown)), squeeze=False)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
