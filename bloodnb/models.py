@@ -295,6 +295,7 @@ def feature_extractor(backbone: str = "MobileNetV2", weights: str | Path | None 
     x = keras.Model(trunk.input, _inner_output(trunk, layer, stride))(ImageNetScale(find_backbone(backbone).scale)(x))
     return keras.Model(pictures, keras.layers.GlobalAveragePooling2D()(x) if len(x.shape) == 4 else x, name="features")
 
+# %% ../nbs/04_models.ipynb #c28ffa3d
 def image_features(images: np.ndarray, extractor: keras.Model, batch_size: int = 64) -> np.ndarray:
     """Describe pictures by a `feature_extractor`.
 
