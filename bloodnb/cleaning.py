@@ -365,6 +365,7 @@ def write_blacklist(findings: pd.DataFrame, path: str | Path, cells: CellImages)
         findings.to_csv(file, index=False)
     return path
 
+# %% ../nbs/02_cleaning.ipynb #eecf480b
 def blacklist_sha256(path: str | Path) -> str:
     """The checksum of the data (its `bloodnb.data.sha256` and the numbering of its images) that a blacklist was made from.
 

@@ -31,6 +31,7 @@ def class_colours(class_names: Sequence[str]) -> dict[str, str]:
     """A colour (`#RRGGBB`) for each class, by name; with more than eight classes colours come again."""
     return {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(class_names)}
 
+# %% ../nbs/01_exploration.ipynb #38fa33a8
 def count_table(before: CellImages, after: CellImages | None = None) -> pd.DataFrame:
     """Images per class, a row each, with their share; with `after` also what is left of them.
 
