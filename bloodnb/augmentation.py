@@ -23,9 +23,9 @@ from .data import CellImages, unknown_name
 from .operations import Draws, Operation, PlainOperation, run
 
 # %% auto #0
-__all__ = ['OPERATIONS', 'PIPELINES', 'SomeOf', 'RandAugment', 'AugMix', 'blend', 'Mixing', 'MixUp', 'CutMix', 'Pipeline',
-           'OneOf', 'as_operation', 'to_dict', 'find_pipeline', 'partners', 'Augmenter', 'augment', 'augmented_dataset',
-           'keras_cv_dataset', 'show_pipeline']
+__all__ = ['OPERATIONS', 'PIPELINES', 'ENGINES', 'SomeOf', 'RandAugment', 'AugMix', 'blend', 'Mixing', 'MixUp', 'CutMix',
+           'Pipeline', 'OneOf', 'as_operation', 'to_dict', 'find_pipeline', 'check_augmentation', 'partners', 'one_hot',
+           'Augmenter', 'augment', 'augmented_dataset', 'keras_cv_dataset', 'show_pipeline']
 
 # %% ../nbs/03_augmentation.ipynb #7f80246f
 def _chosen(draws: Draws, n: tuple[int, int], count: int):
@@ -88,8 +88,9 @@ class RandAugment(SomeOf):
             single.Contrast(f), single.Saturation(f), single.Sharpness(f), single.Shear(0.5 * f), single.Translation(0.5 * f), single.Rotation(60 * f)], n, **kwargs)
         self.factor = factor
 
-    def arguments(self):
-        return {name: value for name, value in super().arguments().items() if name != "operations"}
+    @classmethod
+    def argument_names(cls):
+        return [name for name in super().argument_names() if name != "operations"]
 
 # %% ../nbs/03_augmentation.ipynb #49f540dc
 _STEPS = 4096  # entries of a table of quantiles
@@ -133,7 +134,7 @@ class AugMix(PlainOperation):
         weights = draws.child(k).levels(_quantiles("gamma", self.alpha), k)  # in proportion, as a Dirichlet's
         return blend(images, copies, draws.child(k + 1).levels(_quantiles("beta", self.alpha))[:, None], weights)
 
-@single.compiled()
+@single.compiled
 def blend(images, copies, kept, weights):
     """Of images (b, h, w, 3) the share `kept` (b, 1), of copies (b, k, h, w, 3) the rest by their weights (b, k)."""
     k = copies.shape[1]
@@ -175,7 +176,7 @@ class MixUp(Mixing):
     """Lay two pictures over each other (Zhang et al. 2018, arXiv:1710.09412)."""
 
     @staticmethod
-    @single.compiled()
+    @single.compiled
     def mix(pairs, share, base):
         part = share[:, None, None, None]
         return part * pairs[:, 0] + (1 - part) * pairs[:, 1], share
@@ -188,7 +189,7 @@ class CutMix(Mixing):
         super().__init__(alpha, **kwargs)
 
     @staticmethod
-    @single.compiled()
+    @single.compiled
     def mix(pairs, share, base):
         near = []
         for i, side in enumerate(pairs.shape[2:4]):
@@ -328,10 +329,11 @@ def _from_dict(value):
         return value
     if value.get("operation") not in _CLASSES:
         raise ValueError(unknown_name("operation", value.get("operation"), _CLASSES))
-    try:
-        return _CLASSES[value["operation"]](**{key: item for key, item in value.items() if key != "operation"})
-    except TypeError as error:
-        raise ValueError(f"{value['name']} got {sorted(value)}: {error}. Wanted its arguments: {sorted(_CLASSES[value['name']]().arguments())}.") from None
+    cls, arguments = _CLASSES[value["operation"]], {key: item for key, item in value.items() if key != "operation"}
+    for name in arguments:
+        if name not in cls.argument_names():
+            raise ValueError(unknown_name(f"argument of {cls.__name__}", name, cls.argument_names()))
+    return cls(**arguments)
 
 def as_operation(value: Operation | str | Mapping[str, Any]) -> Operation:
     """An operation from itself, from its name in `OPERATIONS` (with the defaults), or from a dict as `to_dict` makes it.
@@ -404,6 +406,19 @@ def find_pipeline(name: str | Sequence | Operation, seed: int = 0) -> Pipeline:
         return Pipeline([operation for part in parts for operation in known[part]], seed=seed)
     return Pipeline(name if isinstance(name, (list, tuple)) else [name], seed=seed)
 
+ENGINES = ("bloodnb", "keras_cv")
+
+def check_augmentation(name: str, engine: str = "bloodnb") -> str:
+    """The name of a pipeline as it is, if this engine has it; else ValueError with the nearest names."""
+    if engine not in ENGINES:
+        raise ValueError(unknown_name("engine", engine, ENGINES))
+    if not isinstance(name, str):
+        raise ValueError(f"wanted the name of a pipeline, e.g. {', '.join(PIPELINES)}")
+    find_pipeline(name)
+    if engine == "keras_cv" and name not in _KERAS_CV:
+        raise ValueError(unknown_name("KerasCV pipeline", name, _KERAS_CV))
+    return name
+
 # %% ../nbs/03_augmentation.ipynb #f15b2de5
 def partners(levels: int, index: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     """Positions of the pictures that each picture is made of.
@@ -433,6 +448,10 @@ def partners(levels: int, index: np.ndarray, seed: int, epoch: int) -> np.ndarra
         table = np.stack([table, other[table]], axis=2).reshape(len(index), -1)
     return table
 
+def one_hot(labels: np.ndarray, n_classes: int) -> np.ndarray:
+    """Labels int (n,) as float32 (n, n_classes); soft ones (n, n_classes) as they are."""
+    return np.eye(n_classes, dtype=np.float32)[labels] if np.ndim(labels) == 1 else np.asarray(labels, np.float32)
+
 @functools.lru_cache(maxsize=32)
 def _compiled_call(written: str, shape: tuple[int, ...], n_classes: int):
     "The call of a pipeline, given as JSON, traced once for pictures of this shape; on TensorFlow not by XLA as a whole, which is slow at counting levels."
@@ -460,7 +479,7 @@ class Augmenter:
     Parameters
     ----------
     images : ndarray of uint8, shape (n, height, width, 3), 0..255
-    labels : ndarray of int, shape (n,)
+    labels : ndarray of int, shape (n,), or of float, shape (n, n_classes)
     pipeline : Pipeline or str
         See `find_pipeline`.
     index : ndarray of int, shape (n,), optional
@@ -470,7 +489,7 @@ class Augmenter:
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, pipeline: Pipeline | str, index: np.ndarray | None = None, n_classes: int = 8):
         self.images, self.index = images, np.arange(len(images)) if index is None else np.asarray(index)
-        self.one_hot = np.eye(n_classes, dtype=np.float32)[labels]
+        self.one_hot = one_hot(labels, n_classes)
         self.pipeline = find_pipeline(pipeline) if isinstance(pipeline, str) else pipeline
         self._call = _compiled_call(json.dumps(to_dict(self.pipeline)), images.shape[1:], self.one_hot.shape[1])
         self._partners = functools.lru_cache(maxsize=4)(lambda epoch: partners(self.pipeline.levels, self.index, self.pipeline.seed, epoch))
@@ -601,7 +620,7 @@ def keras_cv_dataset(cells: CellImages, name: str, epochs: int = 1, batch_size: 
 
     Parameters
     ----------
-    cells : CellImages
+    cells : CellImages or TrainingSet
     name : str
         A pipeline that KerasCV has layers for: all of the reports', "rand_augment" and "aug_mix".
     epochs, batch_size : int
@@ -625,6 +644,7 @@ def keras_cv_dataset(cells: CellImages, name: str, epochs: int = 1, batch_size: 
     layers = _keras_cv()
     import tensorflow as tf
 
+    tf.random.set_global_generator(tf.random.Generator.from_seed(seed))  # which KerasCV takes, and deterministic TensorFlow does not make by itself
     ways, after = _KERAS_CV[name](layers)
 
     def alter(chosen):
@@ -641,7 +661,7 @@ def keras_cv_dataset(cells: CellImages, name: str, epochs: int = 1, batch_size: 
             shuffled = np.random.default_rng([seed, epoch]).permutation(len(cells))
             yield from (shuffled[start : start + batch_size] for start in range(0, len(cells), batch_size))
 
-    images, labels = tf.constant(cells.images), tf.constant(np.eye(len(cells.class_names), dtype=np.float32)[cells.labels])
+    images, labels = tf.constant(cells.images), tf.constant(one_hot(cells.labels, len(cells.class_names)))
     rows = tf.data.Dataset.from_generator(order, output_signature=tf.TensorSpec((None,), tf.int64))
     rows = rows.apply(tf.data.experimental.assert_cardinality(epochs * -(-len(cells) // batch_size))).map(lambda at: (tf.gather(images, at), tf.gather(labels, at)))
     if len(ways) == 1:

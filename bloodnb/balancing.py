@@ -46,6 +46,11 @@ class TrainingSet:
     origin: np.ndarray
     made_of: np.ndarray
 
+    @property
+    def index(self) -> np.ndarray:
+        """A number for each picture, 0..m-1: its key for further augmentation."""
+        return np.arange(len(self))
+
     def __len__(self) -> int:
         return len(self.images)
 

@@ -24,27 +24,26 @@ __all__ = ['FILLS', 'compiled', 'Draws', 'histograms', 'apply_tables', 'apply_co
            'GaussianNoise', 'Occlusion', 'Cutout', 'GridMask']
 
 # %% ../nbs/03_operations.ipynb #3d835557
-def compiled(*static: str):
-    """Decorate a function on tensors so that TensorFlow or JAX compiles it once per shape; `static` names its arguments that are no tensors."""
-    def decorate(function):
-        @functools.cache
-        def built(backend, shapes):
-            if backend == "tensorflow":
-                import tensorflow as tf
+def compiled(function):
+    """Let TensorFlow or JAX compile a function on tensors, once for each picture size and each setting given by name; the batch's size stays open."""
+    @functools.cache
+    def built(backend, shapes, settings):
+        set_up = functools.partial(function, **dict(settings))
+        if backend == "tensorflow":
+            import tensorflow as tf
 
-                return tf.function(function, jit_compile=True, reduce_retracing=True, autograph=False)
-            if backend == "jax":
-                import jax
+            return tf.function(set_up, jit_compile=True, reduce_retracing=True, autograph=False)
+        if backend == "jax":
+            import jax
 
-                return jax.jit(function, static_argnames=static)
-            return function
+            return jax.jit(set_up)
+        return set_up
 
-        @functools.wraps(function)
-        def call(*args, **kwargs):  # a function per picture size, so that TensorFlow leaves only the batch's size open
-            return built(keras.backend.backend(), tuple(tuple(x.shape[1:]) for x in args))(*args, **kwargs)
+    @functools.wraps(function)
+    def call(*tensors, **settings):
+        return built(keras.backend.backend(), tuple(tuple(x.shape[1:]) for x in tensors), tuple(settings.items()))(*tensors)
 
-        return call
-    return decorate
+    return call
 
 def _tensor(values):
     return ops.convert_to_tensor(values, "float32")
@@ -140,7 +139,7 @@ def histograms(images):
         counts = ops.bincount(levels, minlength=256)
     return ops.cast(ops.reshape(counts, (-1, 3, 256)), "float32")
 
-@compiled()
+@compiled
 def apply_tables(images, tables):
     """Send each channel of each picture through its table of 256 numbers: images (b, h, w, 3) 0..255, tables (b, 3, 256) float32."""
     b = ops.shape(images)[0]
@@ -148,7 +147,7 @@ def apply_tables(images, tables):
     return ops.take(ops.reshape(tables, (-1,)), ops.cast(ops.round(images), "int32") + start, axis=0)
 
 # %% ../nbs/03_operations.ipynb #3ea6050f
-@compiled()
+@compiled
 def apply_colours(images, matrices):
     """Multiply each pixel (r, g, b, 1) by a matrix: images (b, h, w, 3), matrices (b, 3, 4) with offsets in levels; float32 (b, h, w, 3)."""
     return sum(images[..., i : i + 1] * matrices[:, None, None, :, i] for i in range(3)) + matrices[:, None, None, :, 3]
@@ -167,7 +166,7 @@ def _inside(at, side: int, fill: str):
         at = ops.minimum(at, 2 * side - 1 - at)
     return ops.clip(at, 0, side - 1)
 
-@compiled("fill", "fill_value")
+@compiled
 def warp(images, matrices, *, fill: str = "reflect", fill_value: float = 0.0):
     """Resample pictures, bilinearly.
 
@@ -481,7 +480,7 @@ class Equalize(Tone):
 
     limits = (0.0, 1.0)
 
-    def __init__(self, factor=(1.0, 1.0), **kwargs):
+    def __init__(self, factor=0.7, **kwargs):
         super().__init__(factor, **kwargs)
 
     def tables(self, tables, counts, draws):
@@ -730,7 +729,7 @@ class LowResolution(Sides):
 # %% ../nbs/03_operations.ipynb #263a2393
 _SMOOTH = ((1, 1, 1), (1, 5, 1), (1, 1, 1))
 
-@compiled()
+@compiled
 def sharpen(images, strength):
     """Move pixels away from the weighted mean of the 3 x 3 around them, as far as it lies in the picture: images (b, h, w, 3), strength (b, 1)."""
     h, w = images.shape[1:3]
@@ -754,7 +753,7 @@ class Sharpness(_WithFactor):
         return sharpen(images, self.strength(draws))
 
 # %% ../nbs/03_operations.ipynb #4636c827
-@compiled()
+@compiled
 def add_noise(images, deviation, base):
     """Add normal noise: images (b, h, w, 3), standard deviation (b, 1) in levels, `base` of the `Draws` that it comes from."""
     h, w = images.shape[1:3]
@@ -805,7 +804,7 @@ class Cutout(Occlusion):
         super().__init__(factor, **kwargs)
 
     @staticmethod
-    @compiled()
+    @compiled
     def hide(images, level, factor, base):
         near = []
         for i, side in enumerate(images.shape[1:3]):
@@ -822,7 +821,7 @@ class GridMask(Occlusion):
         super().__init__(factor, **kwargs)
 
     @staticmethod
-    @compiled()
+    @compiled
     def hide(images, level, factor, base):
         h, w = images.shape[1:3]
         y, x = (_tensor(axis.ravel()) for axis in np.mgrid[:h, :w])

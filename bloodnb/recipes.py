@@ -15,6 +15,8 @@ from typing import Any
 
 import pandas as pd
 
+from .augmentation import ENGINES, check_augmentation
+from .balancing import BALANCES
 from .cleaning import BACKGROUNDS, check_cleaning
 from .data import unknown_name
 from .models import BACKBONES, find_backbone
@@ -81,6 +83,8 @@ class Recipe:
         What is dropped before the split: keys of `bloodnb.cleaning.CLEANINGS`, joined by "+".
     background : str
         One of `bloodnb.cleaning.BACKGROUNDS`: what becomes of the background of all pictures, test ones included.
+    balance : str
+        Key of `bloodnb.balancing.BALANCES`: what is added to the training part so that rare classes count.
     val_fraction, test_fraction : float
         Fractions of the images kept for validation and test. With a test set of its own a run uses no `test_fraction`.
     backbone, weights, image_size, head, dropout_rate
@@ -91,6 +95,8 @@ class Recipe:
         Second phase: fine-tuning; see `bloodnb.training.train_classifier`.
     optimizer, schedule, loss, label_smoothing, class_weight, batch_size, patience
         Both phases.
+    augmentation, engine, replicates : str, str, int
+        How training pictures are altered; see `bloodnb.training.train_classifier`.
     seed : int
         Of split, initial weights, order of images and dropout.
 
@@ -102,6 +108,7 @@ class Recipe:
 
     cleaning: str = "standard"
     background: str = "keep"
+    balance: str = "none"
     val_fraction: float = 0.15
     test_fraction: float = 0.15
     backbone: str = "MobileNetV2"
@@ -122,6 +129,9 @@ class Recipe:
     class_weight: bool = False
     batch_size: int = 32
     patience: int = 5
+    augmentation: str = "none"
+    engine: str = "bloodnb"
+    replicates: int = 2
     seed: int = 0
 
     def __post_init__(self):
@@ -132,6 +142,10 @@ class Recipe:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: {error}") from None
         if self.val_fraction + self.test_fraction >= 1:
             raise ValueError(f"val_fraction {self.val_fraction} and test_fraction {self.test_fraction} leave nothing to train on; wanted a sum below 1")
+        try:
+            check_augmentation(self.augmentation, self.engine)
+        except ValueError as error:
+            raise ValueError(f"augmentation is {self.augmentation!r}, engine {self.engine!r}: {error}") from None
         if self.head_epochs == self.epochs == 0:
             raise ValueError("head_epochs and epochs are both 0: nothing would be trained; wanted one of them above 0")
 
@@ -139,6 +153,7 @@ class Recipe:
 _RULES: dict[str, Callable[[Any], Any]] = {
     "cleaning": check_cleaning,
     "background": _one_of("background", BACKGROUNDS),
+    "balance": _one_of("balance", BALANCES),
     "val_fraction": _number(float, 0, 1, high_open=True),
     "test_fraction": _number(float, 0, 1, high_open=True),
     "backbone": _backbone,
@@ -159,6 +174,9 @@ _RULES: dict[str, Callable[[Any], Any]] = {
     "class_weight": _flag,
     "batch_size": _number(int, 1, 65_536),
     "patience": _number(int, 1, 10_000),
+    "augmentation": check_augmentation,
+    "engine": _one_of("engine", ENGINES),
+    "replicates": _number(int, 0, 1000),
     "seed": _number(int, 0, 2**32 - 1),
 }
 
@@ -174,6 +192,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "frozen": {"epochs": 0, "head_epochs": 40},
     "scratch": {"weights": "none", **FROM_SCRATCH},
+    "robust": {"augmentation": "robust", "epochs": 12},
     "demo": {"weights": "none", **FROM_SCRATCH, "backbone": "MobileNet_0.25", "image_size": 64, "epochs": 12, "learning_rate": 1e-2},
 }
 

@@ -14,12 +14,13 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from .augmentation import Augmenter, check_augmentation, find_pipeline, keras_cv_dataset, one_hot
 from .data import CellImages, unknown_name
 from .models import feature_model, head_model
 
 # %% auto #0
-__all__ = ['LOSSES', 'OPTIMIZERS', 'SCHEDULES', 'set_seed', 'Batches', 'set_trainable', 'class_weights', 'EpochTable',
-           'StopOnNaN', 'predict', 'train_classifier', 'plot_history']
+__all__ = ['LOSSES', 'OPTIMIZERS', 'SCHEDULES', 'set_seed', 'Batches', 'KerasCVBatches', 'set_trainable', 'class_weights',
+           'EpochTable', 'StopOnNaN', 'predict', 'train_classifier', 'plot_history']
 
 # %% ../nbs/05_training.ipynb #ed4550c4
 def set_seed(seed: int) -> None:
@@ -42,20 +43,23 @@ class Batches(keras.utils.PyDataset):
     ----------
     x : ndarray, shape (n, ...)
         Images uint8 (n, height, width, 3) 0..255, or features float (n, channels).
-    labels : ndarray of int, shape (n,)
+    labels : ndarray of int, shape (n,), or of float, shape (n, n_classes)
+        The latter are soft.
     n_classes : int
     batch_size : int
         The last batch may be smaller.
     seed : int or None
         `None` keeps the order of the array.
     class_weight : ndarray of float, shape (n_classes,), or None
-        If given, batches have a third item, the weight of each picture, float32 (b,).
+        If given, batches have a third item, the weight of each picture, float32 (b,): of a soft label the mean over its shares.
+    augmenter : Augmenter, optional
+        Of the same pictures: serves each as it is in this epoch.
     """
 
-    def __init__(self, x, labels, n_classes=8, batch_size=32, seed=None, class_weight=None):
+    def __init__(self, x, labels, n_classes=8, batch_size=32, seed=None, class_weight=None, augmenter=None):
         super().__init__()
-        self.x, self.labels, self.batch_size, self.seed, self.epoch = x, labels, batch_size, seed, 0
-        self.one_hot, self.class_weight = np.eye(n_classes, dtype=np.float32), class_weight
+        self.x, self.labels, self.batch_size, self.seed, self.epoch = x, one_hot(labels, n_classes), batch_size, seed, 0
+        self.class_weight, self.augmenter = class_weight, augmenter
         self._shuffle()
 
     def _shuffle(self):
@@ -67,12 +71,36 @@ class Batches(keras.utils.PyDataset):
 
     def __getitem__(self, i):
         at = self.order[i * self.batch_size : (i + 1) * self.batch_size]
-        batch = self.x[at], self.one_hot[self.labels[at]]
-        return batch if self.class_weight is None else (*batch, self.class_weight[self.labels[at]].astype(np.float32))
+        batch = (self.x[at], self.labels[at]) if self.augmenter is None else self.augmenter(at, self.epoch)
+        return batch if self.class_weight is None else (*batch, (batch[1] @ self.class_weight).astype(np.float32))
 
     def on_epoch_end(self):
         self.epoch += 1
         self._shuffle()
+
+# %% ../nbs/05_training.ipynb #497e3f74
+class KerasCVBatches(keras.utils.PyDataset):
+    """Batches of a training set altered by KerasCV's layers (TensorFlow only): see `bloodnb.augmentation.keras_cv_dataset`.
+
+    Parameters
+    ----------
+    train : CellImages or TrainingSet
+    name : str
+    epochs, batch_size, seed : int
+    class_weight : ndarray of float, shape (n_classes,), or None
+    """
+
+    def __init__(self, train, name, epochs=1, batch_size=32, seed=0, class_weight=None):
+        super().__init__()
+        self.steps, self.class_weight = -(-len(train) // batch_size), class_weight
+        self.stream = keras_cv_dataset(train, name, epochs, batch_size, seed).as_numpy_iterator()
+
+    def __len__(self):
+        return self.steps
+
+    def __getitem__(self, i):
+        images, labels = next(self.stream)
+        return (images, labels) if self.class_weight is None else (images, labels, (labels @ self.class_weight).astype(np.float32))
 
 # %% ../nbs/05_training.ipynb #108b691e
 def set_trainable(model: keras.Model, unfreeze: float = 0.0, batch_norm: bool = False) -> int:
@@ -138,8 +166,11 @@ def _choose(kind: str, name: str, table: dict):
     return table[name]
 
 def class_weights(labels: np.ndarray, n_classes: int = 8) -> np.ndarray:
-    """Weights that let every class count alike: n / (number of classes present * images of the class), float (n_classes,), 0 if absent."""
-    count = np.bincount(labels, minlength=n_classes)
+    """Weights that let every class count alike: n / (number of classes present * images of the class), float (n_classes,), 0 if absent.
+
+    Soft labels (n, n_classes) count by their shares.
+    """
+    count = one_hot(labels, n_classes).sum(axis=0)
     return np.divide(len(labels), (count > 0).sum() * count, out=np.zeros(n_classes), where=count > 0)
 
 # %% ../nbs/05_training.ipynb #de1a8d4f
@@ -273,6 +304,33 @@ def _fit(model, train, val, *, epochs, learning_rate, optimizer, schedule, loss,
     return f"{phase}: best {monitor} {stop.best:.4f} in epoch {stop.best_epoch + 1}"
 
 # %% ../nbs/05_training.ipynb #d9b162f6
+_REPLICATES = 1_000_000  # where the numbers of the copies begin
+
+def _head_batches(trunk, replicates, train, pipeline, engine, batch_size, seed, class_weight) -> Batches:
+    "Features of the training pictures, and of altered copies of each, with their labels."
+    n_classes, copies = len(train.class_names), 0 if pipeline == "none" else replicates
+    features, labels = [predict(trunk, train.images)], [one_hot(train.labels, n_classes)]
+    if copies and engine == "keras_cv":
+        stream = KerasCVBatches(train, pipeline, copies, seed=seed)
+        altered = (stream[0] for _ in range(copies * len(stream)))
+    else:
+        made = Augmenter(train.images, train.labels, find_pipeline(pipeline, seed), train.index, n_classes)
+        parts = np.array_split(np.arange(len(train)), -(-len(train) // 128))
+        altered = (made(at, _REPLICATES + copy) for copy in range(copies) for at in parts)
+    for images, shares in altered:
+        features.append(predict(trunk, images))
+        labels.append(shares)
+    return Batches(np.concatenate(features), np.concatenate(labels), n_classes, batch_size, seed, class_weight)
+
+def _image_batches(epochs, train, pipeline, engine, batch_size, seed, class_weight) -> Batches | KerasCVBatches:
+    "The training pictures themselves, altered anew in each epoch."
+    if pipeline != "none" and engine == "keras_cv":
+        return KerasCVBatches(train, pipeline, epochs, batch_size, seed, class_weight)
+    n_classes = len(train.class_names)
+    made = None if pipeline == "none" else Augmenter(train.images, train.labels, find_pipeline(pipeline, seed), train.index, n_classes)
+    return Batches(train.images, train.labels, n_classes, batch_size, seed, class_weight, made)
+
+# %% ../nbs/05_training.ipynb #4abd93a4
 def train_classifier(
     model: keras.Model,
     train: CellImages,
@@ -291,6 +349,9 @@ def train_classifier(
     class_weight: bool = False,
     batch_size: int = 32,
     patience: int = 5,
+    augmentation: str = "none",
+    engine: str = "bloodnb",
+    replicates: int = 2,
     seed: int = 0,
     verbose: bool = True,
 ) -> pd.DataFrame:
@@ -300,8 +361,10 @@ def train_classifier(
     ----------
     model : keras.Model
         From `bloodnb.models.classifier`.
-    train, val : CellImages
-        Labelled images of the model's size; `val` chooses the best epoch (with None the training loss does).
+    train : CellImages or bloodnb.balancing.TrainingSet
+        Labelled images of the model's size.
+    val : CellImages or None
+        Chooses the best epoch (with None the training loss does); never altered.
     head_epochs, epochs : int
         Most epochs of the first and of the second phase; 0 leaves a phase out.
     head_learning_rate, learning_rate : float
@@ -316,6 +379,12 @@ def train_classifier(
         Whether images count inversely to the size of their class (`class_weights`).
     batch_size, patience : int
         Images a step; epochs without a better `val_loss` before a phase ends. Each phase goes back to its best epoch.
+    augmentation : str
+        See `bloodnb.augmentation.find_pipeline`: alters the pictures of the second phase anew in each epoch.
+    engine : str
+        "bloodnb" or "keras_cv".
+    replicates : int
+        With augmentation: from how many altered copies of each picture, beside itself, the head learns in the first phase.
     seed : int
         For everything random.
     verbose : bool
@@ -335,23 +404,24 @@ def train_classifier(
     """
     if head_epochs <= 0 and epochs <= 0:
         raise ValueError(f"head_epochs={head_epochs}, epochs={epochs}: nothing to train; wanted at least one of them above 0.")
+    check_augmentation(augmentation, engine)
     set_seed(seed)
     table, said = EpochTable(verbose), []
     fit = dict(optimizer=optimizer, schedule=schedule, loss=loss, label_smoothing=label_smoothing, patience=patience, table=table)
-    batch = dict(n_classes=len(train.class_names), batch_size=batch_size)
     weights = class_weights(train.labels, len(train.class_names)) if class_weight else None
+    common = dict(train=train, pipeline=augmentation, engine=engine, batch_size=batch_size, seed=seed, class_weight=weights)
+    tested = dict(n_classes=len(train.class_names), batch_size=batch_size)
     set_trainable(model, 0)
     if head_epochs > 0:
         trunk = feature_model(model)
-        features = [None if part is None else predict(trunk, part.images) for part in (train, val)]
-        said.append(_fit(head_model(model), Batches(features[0], train.labels, seed=seed, class_weight=weights, **batch),
-                         val and Batches(features[1], val.labels, **batch), epochs=head_epochs, learning_rate=head_learning_rate, phase="head", **fit))
+        batches = _head_batches(trunk, replicates, **common)
+        said.append(_fit(head_model(model), batches, val and Batches(predict(trunk, val.images), val.labels, **tested),
+                         epochs=head_epochs, learning_rate=head_learning_rate, phase="head", **fit))
     if epochs > 0:
         set_trainable(model, unfreeze, batch_norm)
-        batches = Batches(train.images, train.labels, seed=seed, class_weight=weights, **batch)
+        batches = _image_batches(epochs, **common)
         _fit_momentum(model, len(batches))
-        said.append(_fit(model, batches,
-                         val and Batches(val.images, val.labels, **batch), epochs=epochs, learning_rate=learning_rate, phase="fine-tune", **fit))
+        said.append(_fit(model, batches, val and Batches(val.images, val.labels, **tested), epochs=epochs, learning_rate=learning_rate, phase="fine-tune", **fit))
     table.finish("; ".join(said))
     return pd.DataFrame(table.rows)
 
