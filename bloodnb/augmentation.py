@@ -244,11 +244,48 @@ def _firsts(draws: Draws, groups, levels: int) -> Draws:
     return draws.rows(ops.arange(groups, dtype="int32") * 2**levels) if levels else draws
 
 # %% ../nbs/03_augmentation.ipynb #40fa33b8
+def _take_way(way: Pipeline, levels: int, images, labels, draws: Draws):
+    "A way on pictures (b, 2**levels, ...), of which it uses the first 2**way.levels."
+    n, b = 2**way.levels, ops.shape(images)[0]
+    at = ops.reshape(ops.arange(b, dtype="int32")[:, None] * 2**levels + ops.arange(n, dtype="int32"), (-1,))
+    return way.apply(images[:, :n], None if labels is None else labels[:, :n], draws.rows(at))
+
+def _every_way(ways, way, levels, images, labels, draws):
+    "All pictures go all ways; of each the result of its own `way` (b,) is kept."
+    x, y = _take_way(ways[0], levels, images, labels, draws.child(0))
+    for number, other in enumerate(ways[1:], 1):
+        x_other, y_other = _take_way(other, levels, images, labels, draws.child(number))
+        x = single._where(way == number, x_other, x)
+        y = None if labels is None else single._where(way == number, y_other, y)
+    return x, y
+
+# %% ../nbs/03_augmentation.ipynb #f2dae9a6
 def _padded(at):
     "Positions filled up with the first picture's to the next power of two from 8, so that compiled operations meet few sizes."
-    n, sizes = ops.shape(at)[0], 2 ** np.arange(3, 21)
-    size = ops.take(ops.convert_to_tensor(sizes, "int32"), ops.sum(ops.cast(ops.convert_to_tensor(sizes, "int32") < n, "int32")), axis=0)
+    n, sizes = ops.shape(at)[0], ops.convert_to_tensor(2 ** np.arange(3, 21), "int32")
+    size = ops.take(sizes, ops.sum(ops.cast(sizes < n, "int32")), axis=0)
     return ops.concatenate([at, ops.zeros((size - n,), at.dtype)]), n
+
+def _own_way(ways, way, levels, images, labels, draws):
+    "Each picture goes its own `way` (b,) alone, and comes back to its place."
+    members, order, xs, ys = ops.arange(2**levels, dtype="int32"), [], [], []
+    for number, chosen in enumerate(ways):
+        at = ops.cast(ops.nonzero(way == number)[0], "int32")
+        padded, n = _padded(at)
+        rows = ops.reshape(padded[:, None] * 2**levels + members, (-1,))
+        x, y = _take_way(chosen, levels, ops.take(images, padded, axis=0), None if labels is None else ops.take(labels, padded, axis=0),
+                         draws.child(number).rows(rows))
+        order, xs, ys = [*order, at], [*xs, x[:n]], [*ys, None if y is None else y[:n]]
+    back = ops.argsort(ops.concatenate(order))
+    return ops.take(ops.concatenate(xs), back, axis=0), None if labels is None else ops.take(ops.concatenate(ys), back, axis=0)
+
+# %% ../nbs/03_augmentation.ipynb #1ada7a77
+def _is_traced_by_jax(x) -> bool:
+    if keras.backend.backend() != "jax":
+        return False
+    import jax
+
+    return isinstance(x, jax.core.Tracer)
 
 @keras.saving.register_keras_serializable(package="bloodnb")
 class OneOf(Operation):
@@ -259,8 +296,7 @@ class OneOf(Operation):
     ways : sequence
         Each a Pipeline, a list of operations, or one operation; the empty list leaves pictures as they are.
     static : bool
-        False makes each picture go only where it is sent. True makes all go every way and keeps one result, which costs more but has
-        fixed shapes, as XLA wants them; under JAX's jit it is always so.
+        True makes all pictures go every way, for fixed shapes (XLA); under JAX's jit it is always so. The result is the same.
     """
 
     def __init__(self, ways: Sequence, static: bool = False, **kwargs):
@@ -269,49 +305,14 @@ class OneOf(Operation):
             raise ValueError("OneOf: there are no ways; wanted at least one list of operations.")
         self.ways = [way if isinstance(way, Pipeline) else Pipeline(way if isinstance(way, (list, tuple)) else [way]) for way in map(_from_dict, ways)]
         self.levels, self.static = max(way.levels for way in self.ways), bool(static)
-        self.supports_jit = self.static
+        self.supports_jit = self.static  # what Keras asks before it lets XLA compile a model
 
     def apply(self, images, labels, draws):
         first = _firsts(draws, ops.shape(images)[0], self.levels)
         way = ops.cast(first.child(0).uniform(1)[:, 0] * len(self.ways), "int32")
-        stays = first.child(1).uniform(1)[:, 0] >= self.rate
-        way = ops.where(stays, len(self.ways), way)
+        way = ops.where(first.child(1).uniform(1)[:, 0] < self.rate, way, len(self.ways))
         ways = [*self.ways, Pipeline()] if self.rate < 1 else self.ways
         return (_every_way if self.static or _is_traced_by_jax(images) else _own_way)(ways, way, self.levels, images, labels, draws.child(2))
-
-def _is_traced_by_jax(x) -> bool:
-    if keras.backend.backend() != "jax":
-        return False
-    import jax
-
-    return isinstance(x, jax.core.Tracer)
-
-def _take_way(way: Pipeline, levels: int, images, labels, draws: Draws):
-    "A way on pictures (b, 2**levels, ...), of which it uses the first 2**way.levels."
-    n, b = 2**way.levels, ops.shape(images)[0]
-    at = ops.reshape(ops.arange(b, dtype="int32")[:, None] * 2**levels + ops.arange(n, dtype="int32"), (-1,))
-    return way.apply(images[:, :n], None if labels is None else labels[:, :n], draws.rows(at))
-
-def _every_way(ways, way, levels, images, labels, draws):
-    x, y = _take_way(ways[0], levels, images, labels, draws.child(0))
-    for number, other in enumerate(ways[1:], 1):
-        x_other, y_other = _take_way(other, levels, images, labels, draws.child(number))
-        x = single._where(way == number, x_other, x)
-        y = None if labels is None else single._where(way == number, y_other, y)
-    return x, y
-
-def _own_way(ways, way, levels, images, labels, draws):
-    members = ops.arange(2**levels, dtype="int32")
-    order, xs, ys = [], [], []
-    for number, chosen in enumerate(ways):
-        at = ops.cast(ops.nonzero(way == number)[0], "int32")
-        padded, n = _padded(at)
-        rows = ops.reshape(padded[:, None] * 2**levels + members, (-1,))
-        x, y = _take_way(chosen, levels, ops.take(images, padded, axis=0), None if labels is None else ops.take(labels, padded, axis=0),
-                         draws.child(number).rows(rows))
-        order, xs, ys = [*order, at], [*xs, x[:n]], [*ys, None if y is None else y[:n]]
-    back = ops.argsort(ops.concatenate(order))
-    return ops.take(ops.concatenate(xs), back, axis=0), None if labels is None else ops.take(ops.concatenate(ys), back, axis=0)
 
 # %% ../nbs/03_augmentation.ipynb #43a0fca5
 def _snake(name: str) -> str:
@@ -381,6 +382,7 @@ PIPELINES: dict[str, list] = {
     ],
 }
 
+# %% ../nbs/03_augmentation.ipynb #234a4a38
 def find_pipeline(name: str | Sequence | Operation, seed: int = 0) -> Pipeline:
     """The pipeline that a name stands for.
 
@@ -406,6 +408,7 @@ def find_pipeline(name: str | Sequence | Operation, seed: int = 0) -> Pipeline:
         return Pipeline([operation for part in parts for operation in known[part]], seed=seed)
     return Pipeline(name if isinstance(name, (list, tuple)) else [name], seed=seed)
 
+# %% ../nbs/03_augmentation.ipynb #ef93463d
 ENGINES = ("bloodnb", "keras_cv")
 
 def check_augmentation(name: str, engine: str = "bloodnb") -> str:
@@ -543,6 +546,20 @@ def augment(cells: CellImages, pipeline: Pipeline | str, epoch: int = 0, batch_s
     batches = [made(np.arange(start, min(start + batch_size, len(cells))), epoch) for start in range(0, len(cells), batch_size)]
     return tuple(np.concatenate(part) for part in zip(*batches))
 
+# %% ../nbs/03_augmentation.ipynb #52b33660
+def _orders(n: int, epochs: Sequence[int], batch_size: int, seed: int, shuffle: bool = True):
+    "The epoch and the positions of each batch; each epoch has its own order, from seed and epoch."
+    for epoch in epochs:
+        order = np.random.default_rng([seed, epoch]).permutation(n) if shuffle else np.arange(n)
+        yield from ((epoch, order[start : start + batch_size]) for start in range(0, n, batch_size))
+
+def _stream(batches, length: int, *signature):
+    "A tf.data.Dataset of what a generator function yields, of known length."
+    import tensorflow as tf
+
+    stream = tf.data.Dataset.from_generator(batches, output_signature=signature if len(signature) > 1 else signature[0])
+    return stream.apply(tf.data.experimental.assert_cardinality(length))
+
 def augmented_dataset(cells: CellImages, pipeline: Pipeline | str, epochs: Sequence[int], batch_size: int = 32, num_parallel_calls: int | None = None, shuffle: bool = True):
     """The same as a `tf.data.Dataset` (TensorFlow only).
 
@@ -568,17 +585,12 @@ def augmented_dataset(cells: CellImages, pipeline: Pipeline | str, epochs: Seque
     import tensorflow as tf
 
     made = Augmenter(cells.images, cells.labels, pipeline, cells.index, len(cells.class_names))
-    images, labels = tf.constant(cells.images), tf.constant(made.one_hot)
+    images, labels, k = tf.constant(cells.images), tf.constant(made.one_hot), 2**made.pipeline.levels
 
     def batches():
-        for epoch in epochs:
-            order = np.random.default_rng([made.pipeline.seed, epoch]).permutation(len(cells)) if shuffle else np.arange(len(cells))
-            for start in range(0, len(cells), batch_size):
-                yield made.sources(order[start : start + batch_size], epoch)
+        return (made.sources(at, epoch) for epoch, at in _orders(len(cells), epochs, batch_size, made.pipeline.seed, shuffle))
 
-    k = 2**made.pipeline.levels
-    rows = tf.data.Dataset.from_generator(batches, output_signature=(tf.TensorSpec((None, k), tf.int64), tf.TensorSpec((None, k, 2), tf.int32)))
-    rows = rows.apply(tf.data.experimental.assert_cardinality(len(epochs) * -(-len(cells) // batch_size)))
+    rows = _stream(batches, len(epochs) * -(-len(cells) // batch_size), tf.TensorSpec((None, k), tf.int64), tf.TensorSpec((None, k, 2), tf.int32))
     return rows.map(lambda at, keys: made.pipeline.call(tf.gather(images, at), tf.gather(labels, at), keys),
                     num_parallel_calls=num_parallel_calls or tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
 
@@ -614,6 +626,15 @@ _KERAS_CV: dict[str, Any] = {
 def _keras_cv_geometric(L) -> list:
     return [L.RandomFlip("horizontal_and_vertical"), L.RandomRotation(0.5), L.RandomTranslation(0.1, 0.1), L.RandomZoom(0.2)]
 
+def _keras_cv_layers(layers: list, batch: dict) -> dict:
+    "A batch of float images and labels through KerasCV's layers, and Keras' own noise, which counts 0..1."
+    for layer in layers:
+        if isinstance(layer, keras.layers.GaussianNoise):
+            batch = {**batch, "images": 255 * layer(batch["images"] / 255, training=True)}
+        else:
+            batch = layer(batch, training=True)
+    return batch
+
 # %% ../nbs/03_augmentation.ipynb #3f25033b
 def keras_cv_dataset(cells: CellImages, name: str, epochs: int = 1, batch_size: int = 32, seed: int = 0):
     """A pipeline of `PIPELINES` made of KerasCV's layers, as a `tf.data.Dataset`.
@@ -647,27 +668,20 @@ def keras_cv_dataset(cells: CellImages, name: str, epochs: int = 1, batch_size: 
     tf.random.set_global_generator(tf.random.Generator.from_seed(seed))  # which KerasCV takes, and deterministic TensorFlow does not make by itself
     ways, after = _KERAS_CV[name](layers)
 
-    def alter(chosen):
-        def change(images, labels):
-            batch = {"images": tf.cast(images, tf.float32), "labels": labels}
-            for layer in (*chosen, *after):
-                noisy = isinstance(layer, keras.layers.GaussianNoise)  # Keras' own, on 0..1
-                batch = {**batch, "images": 255 * layer(batch["images"] / 255, training=True)} if noisy else layer(batch, training=True)
-            return tf.cast(tf.round(tf.clip_by_value(batch["images"], 0, 255)), tf.uint8), batch["labels"]
-        return change
-
-    def order():
-        for epoch in range(epochs):
-            shuffled = np.random.default_rng([seed, epoch]).permutation(len(cells))
-            yield from (shuffled[start : start + batch_size] for start in range(0, len(cells), batch_size))
-
     images, labels = tf.constant(cells.images), tf.constant(one_hot(cells.labels, len(cells.class_names)))
-    rows = tf.data.Dataset.from_generator(order, output_signature=tf.TensorSpec((None,), tf.int64))
-    rows = rows.apply(tf.data.experimental.assert_cardinality(epochs * -(-len(cells) // batch_size))).map(lambda at: (tf.gather(images, at), tf.gather(labels, at)))
-    if len(ways) == 1:
-        return rows.map(alter(ways[0]), num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
-    turns = [rows.shard(len(ways), number).map(alter(way), num_parallel_calls=tf.data.AUTOTUNE) for number, way in enumerate(ways)]
-    return tf.data.Dataset.choose_from_datasets(turns, tf.data.Dataset.range(len(ways)).repeat(), stop_on_empty_dataset=False).prefetch(tf.data.AUTOTUNE)
+    rows = _stream(lambda: (at for _, at in _orders(len(cells), range(epochs), batch_size, seed)), epochs * -(-len(cells) // batch_size),
+                   tf.TensorSpec((None,), tf.int64)).map(lambda at: {"images": tf.cast(tf.gather(images, at), tf.float32), "labels": tf.gather(labels, at)})
+    if len(ways) > 1:  # each takes every so-manieth batch
+        ways = [rows.shard(len(ways), number).map(functools.partial(_keras_cv_layers, way), num_parallel_calls=tf.data.AUTOTUNE) for number, way in enumerate(ways)]
+        rows = tf.data.Dataset.choose_from_datasets(ways, tf.data.Dataset.range(len(ways)).repeat(), stop_on_empty_dataset=False)
+    else:
+        after = [*ways[0], *after]
+
+    def finish(batch):
+        batch = _keras_cv_layers(after, batch)
+        return tf.cast(tf.round(tf.clip_by_value(batch["images"], 0, 255)), tf.uint8), batch["labels"]
+
+    return rows.map(finish, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
 
 # %% ../nbs/03_augmentation.ipynb #edde20ec
 def show_pipeline(cells: CellImages, pipeline: Pipeline | str, n: int = 8, epochs: int = 5) -> Figure:

@@ -244,7 +244,11 @@ class _Remembering(keras.layers.Layer):
 
 # %% ../nbs/03_operations.ipynb #1a575bf0
 class Operation(_Remembering):
-    """What all operations share.
+    """What all operations share: `operation(images, labels=None, keys=None, training=True)`.
+
+    Images are uint8 or float (b, height, width, 3), RGB, 0..255, and come back so (float as float32), with labels as a pair; labels are
+    one-hot or soft, (b, n_classes). Keys, int32 (b, 2), are epoch and index of each picture: with them the result depends on nothing else.
+    An operation that mixes takes partners from the batch, or is given them: images (b, 2**levels, height, width, 3), and so on.
 
     Parameters
     ----------
@@ -252,21 +256,6 @@ class Operation(_Remembering):
         Share of the pictures that it happens to, 0..1.
     seed : int
         Of the random numbers, 0..2**32 - 1. Inside a pipeline the pipeline's seed counts.
-
-    Call arguments
-    --------------
-    images : tensor of uint8 or float, shape (b, height, width, 3), RGB, 0..255
-        An operation that mixes pictures takes partners from the batch, or is given them: (b, 2**levels, height, width, 3).
-    labels : tensor of float, shape (b, n_classes), optional
-        One-hot or soft; (b, 2**levels, n_classes) beside such images.
-    keys : tensor of int32, shape (b, 2), optional
-        Epoch and index of each picture, (b, 2**levels, 2) beside such images. With them the result depends on nothing else.
-    training : bool
-        False returns the pictures as they are.
-
-    Returns
-    -------
-    tensor of the images' dtype (uint8, else float32), shape (b, height, width, 3), 0..255; with labels also those, float32 (b, n_classes)
     """
 
     levels = 0  # how often a picture is mixed with another

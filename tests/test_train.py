@@ -19,7 +19,7 @@ from bloodnb import recipes
 from bloodnb.cleaning import read_blacklist
 
 LEFT_BY_A_RUN = {"run.json", "split.csv", "blacklist.csv", "history.csv", "metrics.json", "predictions.npz", "model.keras", "out.ipynb",
-                 "figures/curves.png", "figures/confusion.png", "figures/mistakes.png", "figures/closest_pairs.png"}
+                 "figures/curves.png", "figures/confusion.png", "figures/mistakes.png", "figures/closest_pairs.png", "figures/augmentation.png"}
 # A head on a resting backbone: no fine-tuning to trace, for runs that are not about the training.
 HEAD_ALONE = SMALL | {"recipe": "frozen", "backbone": "MobileNet_0.25", "weights": "none", "head_epochs": 1, "epochs": 0}
 
@@ -71,10 +71,10 @@ def test_run_leaves_all_its_files_and_no_more(folder, run):
 def test_run_json_says_what_was_run(run, cells):
     kept = read_json(run / "run.json")
     assert kept.keys() >= {"recipe", "choices", "data", "data_sha256", "library_versions", "git_revision", "backend", "device", "seed", "notice",
-                           "dropped", "notebook", "started", "finished", "stages", "seconds", "peak_memory_mib"}
+                           "dropped", "trained_on", "pipeline", "notebook", "started", "finished", "stages", "seconds", "peak_memory_mib"}
     assert kept["data"] == {"data": SMALL["data"]} and kept["data_sha256"] == {"data": cell_data.sha256(cells)}
     assert kept["backend"] == keras.backend.backend() and kept["library_versions"]["keras"] == keras.__version__
-    assert kept["stages"].keys() == {"build", "load", "train", "predict"} and 0 < sum(kept["stages"].values()) <= kept["seconds"]
+    assert kept["stages"].keys() == {"build", "load", "balance", "train", "predict"} and 0 < sum(kept["stages"].values()) <= kept["seconds"]
     assert "nothing about blood" in kept["notice"]
 
 
@@ -178,6 +178,22 @@ def test_test_data_and_blacklist(run, tmp_path):
     assert (first["part"] == "dropped").equals(table["part"] == "dropped") and (here / "blacklist.csv").read_bytes() == (run / "blacklist.csv").read_bytes()
 
 
+@pytest.mark.parametrize("choices", [
+    {"balance": "oversample", "augmentation": "robust", "replicates": 1},
+    {"balance": "smote", "augmentation": "machine_dumbening", "engine": "keras_cv"},
+])
+def test_balanced_and_altered(run, tmp_path, choices):
+    """What is split and measured stays as it was; what is trained on is larger, and run.json says how it was altered."""
+    job = train(tmp_path, **SMALL | {"head_epochs": 1, "epochs": 1} | choices)
+    assert job.returncode == 0, job.stderr
+    kept, plain = read_json(tmp_path / "run" / "run.json"), read_json(run / "run.json")
+    table = pd.read_csv(run / "split.csv")
+    of_class = table.loc[table["part"] == "train", "label"].value_counts()
+    assert kept["trained_on"] == len(of_class) * of_class.max() > plain["trained_on"] == of_class.sum()
+    assert kept["pipeline"]["operation"] == "Pipeline" and len(kept["pipeline"]["operations"]) > 3 and plain["pipeline"]["operations"] == []
+    assert (tmp_path / "run" / "split.csv").read_bytes() == (run / "split.csv").read_bytes()
+
+
 def refusal(folder: Path, environment: dict | None = None, **parameters) -> str:
     """The error that ends a job; it must leave nothing but papermill's own notebook (and what was in the folder before)."""
     before = {path.name for path in folder.iterdir()}
@@ -195,6 +211,7 @@ def refusal(folder: Path, environment: dict | None = None, **parameters) -> str:
     ("recipe", "demoo", "'demo'"),
     ("backbone", "MobilNetV2", "'MobileNetV2'"),
     ("optimizer", "adm", "'adam'"),
+    ("augmentation", "robustt", "'robust'"),
     ("data", "drawm", "'drawn'"),
 ])
 def test_unknown_name_is_refused_with_the_nearest(tmp_path, name, value, near):
