@@ -9,6 +9,7 @@ import functools
 import itertools
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -468,7 +469,8 @@ def _compiled_call(written: str, shape: tuple[int, ...], n_classes: int):
 
         k = 2**pipeline.levels
         return tf.function(call, autograph=False, input_signature=(
-            tf.TensorSpec((None, k, *shape), tf.uint8), tf.TensorSpec((None, k, n_classes), tf.float32), tf.TensorSpec((None, k, 2), tf.int32)))
+            tf.TensorSpec((None, k, *shape), tf.uint8), tf.TensorSpec((None, k, n_classes), tf.float32), tf.TensorSpec((None, k, 2), tf.int32))
+        ).get_concrete_function()
     if keras.backend.backend() == "jax":
         import jax
 
@@ -599,7 +601,8 @@ def _keras_cv():
     if keras.backend.backend() != "tensorflow":
         raise RuntimeError(f"Keras runs on {keras.backend.backend()}; KerasCV's layers want TensorFlow. Remedy: KERAS_BACKEND=tensorflow, or the default engine.")
     try:
-        import keras_cv
+        with warnings.catch_warnings(action="ignore"):  # one of its parts misses widgets for a progress bar that nobody wants here
+            import keras_cv
     except ImportError as error:
         raise ImportError(f"KerasCV is not installed ({error}). Remedy: pip install 'bloodnb[keras-cv]', or the default engine.") from None
     return keras_cv.layers

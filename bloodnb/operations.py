@@ -5,7 +5,6 @@
 # %% ../nbs/03_operations.ipynb #e0e31666
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import itertools
@@ -133,10 +132,14 @@ def histograms(images):
     -------
     tensor of float32, shape (b, 3, 256)
     """
-    pixels = images.shape[1] * images.shape[2]
+    b, pixels = ops.shape(images)[0], images.shape[1] * images.shape[2]
     levels = ops.cast(ops.round(ops.reshape(ops.transpose(images, (0, 3, 1, 2)), (-1, pixels))), "int32")
-    with keras.device("cpu") if keras.backend.backend() == "tensorflow" else contextlib.nullcontext():  # TensorFlow cannot repeat this count on a GPU
-        counts = ops.bincount(levels, minlength=256)
+    if keras.backend.backend() == "tensorflow":
+        with keras.device("cpu"):  # on a GPU TensorFlow's count does not repeat
+            counts = ops.bincount(levels, minlength=256)
+    else:  # Keras' bincount cannot be compiled on JAX
+        places = ops.reshape(levels + ops.arange(b * 3, dtype="int32")[:, None] * 256, (-1,))
+        counts = ops.segment_sum(ops.ones_like(places), places, b * 768)
     return ops.cast(ops.reshape(counts, (-1, 3, 256)), "float32")
 
 @compiled
@@ -203,7 +206,7 @@ def warp(images, matrices, *, fill: str = "reflect", fill_value: float = 0.0):
 # %% ../nbs/03_operations.ipynb #ddbb7180
 def apply_sides(images, down, across):
     """Multiply columns and rows by matrices: images (b, h, w, 3), `down` (b, h, h), `across` (b, w, w)."""
-    b, (h, w) = ops.shape(images)[0], images.shape[1:3]
+    h, w = images.shape[1:3]
     x = ops.reshape(ops.matmul(down, ops.reshape(images, (-1, h, w * 3))), (-1, h, w, 3))
     x = ops.matmul(across, ops.reshape(ops.transpose(x, (0, 2, 1, 3)), (-1, w, h * 3)))
     return ops.transpose(ops.reshape(x, (-1, w, h, 3)), (0, 2, 1, 3))
@@ -349,6 +352,10 @@ def _as_range(name: str, factor: Any, low: float, high: float) -> tuple[float, f
         raise ValueError(f"{name}: factor is {factor!r}; wanted a number of 0 to {high:g}, or a pair (low, high) within {low:g} and {high:g}.")
     return float(pair[0]), float(pair[1])
 
+@functools.cache
+def _even_steps(low: float, high: float, scale: float, offset: float) -> np.ndarray:
+    return (offset + scale * np.linspace(low, high, 4096)).astype(np.float32)
+
 class _WithFactor(PlainOperation):
     "An operation with a strength, drawn evenly from a range for each picture."
 
@@ -358,10 +365,9 @@ class _WithFactor(PlainOperation):
         super().__init__(rate=rate, seed=seed, **kwargs)
         self.factor = _as_range(type(self).__name__, factor, *self.limits)
 
-    def strength(self, draws: Draws, n: int = 1):
-        "Float (b, n) within the range."
-        low, high = self.factor
-        return low + (high - low) * draws.uniform(n)
+    def strength(self, draws: Draws, n: int = 1, scale: float = 1.0, offset: float = 0.0):
+        "Offset + scale * factor, with factors drawn from the range: float (b, n). From a table, for the reasons given with `Draws`."
+        return draws.levels(_even_steps(*self.factor, scale, offset), n)
 
 # %% ../nbs/03_operations.ipynb #834d8844
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # Rec. 601: how bright red, green and blue look
@@ -398,7 +404,7 @@ class Brightness(Tone):
         super().__init__(factor, **kwargs)
 
     def tables(self, tables, counts, draws):
-        return tables + 255 * self.strength(draws)[..., None]
+        return tables + self.strength(draws, scale=255)[..., None]
 
 @keras.saving.register_keras_serializable(package="bloodnb")
 class ChannelShift(Tone):
@@ -408,7 +414,7 @@ class ChannelShift(Tone):
         super().__init__(factor, **kwargs)
 
     def tables(self, tables, counts, draws):
-        return tables + 255 * self.strength(draws, 3)[..., None]
+        return tables + self.strength(draws, 3, scale=255)[..., None]
 
 @keras.saving.register_keras_serializable(package="bloodnb")
 class Contrast(Tone):
@@ -419,7 +425,7 @@ class Contrast(Tone):
 
     def tables(self, tables, counts, draws):
         grey = _mean_grey(tables, counts)
-        return grey + (tables - grey) * (1 + self.strength(draws)[..., None])
+        return grey + (tables - grey) * self.strength(draws, offset=1)[..., None]
 
 @keras.saving.register_keras_serializable(package="bloodnb")
 class AutoContrast(Tone):
@@ -447,7 +453,7 @@ class Solarize(Tone):
         super().__init__(factor, **kwargs)
 
     def tables(self, tables, counts, draws):
-        return ops.where(tables > 255 * (1 - self.strength(draws)[..., None]), 255 - tables, tables)
+        return ops.where(tables > self.strength(draws, scale=-255, offset=255)[..., None], 255 - tables, tables)
 
 @keras.saving.register_keras_serializable(package="bloodnb")
 class Posterize(Tone):
@@ -503,6 +509,13 @@ class Colour(PlainOperation):
         """Matrices (b, 3, 4) from (r, g, b, 1) to (r, g, b)."""
         raise NotImplementedError
 
+@functools.cache
+def _saturation_table(low: float, high: float) -> np.ndarray:
+    "Matrices (4096, 3, 4) that move colours from their grey by 1 + low to 1 + high."
+    colour = 1 + np.linspace(low, high, 4096)[:, None, None]
+    matrices = colour * np.eye(3) + (1 - colour) * np.tile(_LUMA.astype(float), (3, 1))
+    return np.concatenate([matrices, np.zeros((4096, 3, 1))], axis=2).astype(np.float32)
+
 @keras.saving.register_keras_serializable(package="bloodnb")
 class Saturation(Colour, _WithFactor):
     """Move each pixel away from its own grey by 1 + factor, factor -1..1: -1 leaves greys."""
@@ -511,9 +524,7 @@ class Saturation(Colour, _WithFactor):
         super().__init__(factor, **kwargs)
 
     def matrices(self, draws):
-        colour = 1 + self.strength(draws)[..., None]
-        grey = np.concatenate([np.tile(_LUMA, (3, 1)), np.zeros((3, 1))], axis=1)
-        return colour * _tensor(np.eye(3, 4)) + (1 - colour) * _tensor(grey)
+        return draws.levels(_saturation_table(*self.factor))
 
 # %% ../nbs/03_operations.ipynb #bcdf08a6
 _YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
@@ -758,7 +769,7 @@ class GaussianNoise(_WithFactor):
         super().__init__(factor, **kwargs)
 
     def change(self, images, draws):
-        return add_noise(images, 255 * self.strength(draws), draws.child(0).base)
+        return add_noise(images, self.strength(draws, scale=255), draws.child(0).base)
 
 class Occlusion(_WithFactor):
     """An operation that hides a part of the picture.
