@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import numbers
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -50,14 +51,31 @@ class SomeOf(PlainOperation):
 
     def __init__(self, operations: Sequence, n: int | tuple[int, int] = 1, **kwargs):
         super().__init__(**kwargs)
-        self.operations = _plain_ones(type(self).__name__, operations)
-        self.n = (n, n) if isinstance(n, int) else tuple(n)
-        if not 0 <= self.n[0] <= self.n[1] <= len(self.operations):
+        self.operations = _plain_ones(type(self).__name__, _as_list(operations))
+        pair = tuple(n) if isinstance(n, (tuple, list)) else (n, n)
+        if len(pair) != 2 or not all(type(end) is int for end in pair) or not 0 <= pair[0] <= pair[1] <= len(self.operations):
             raise ValueError(f"{type(self).__name__}: n is {n}; wanted 0 to {len(self.operations)}, as there are so many operations, or a pair (low, high).")
+        self.n = pair
 
     def change(self, images, draws, counts=None):
         on = _chosen(draws.child(0), self.n, len(self.operations))
         return run(self.operations, images, draws.child(1), [on[:, i] for i in range(len(self.operations))], counts)
+
+def _as_list(operations) -> list:
+    "A list of operations; a single one, or one name or dict, as a list of one."
+    return list(operations) if isinstance(operations, (list, tuple)) else [operations]
+
+def _share(owner: str, name: str, value: Any) -> float:
+    "A share of 0 to 1, or a ValueError that names its owner."
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value <= 1:
+        raise ValueError(f"{owner}: {name} is {value!r}; wanted a number of 0 to 1.")
+    return float(value)
+
+def _positive(owner: str, name: str, value: Any) -> float:
+    "A number above 0 (from 0.01, below which the tables of quantiles underflow), or a ValueError that names its owner."
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or value < 0.01:
+        raise ValueError(f"{owner}: {name} is {value!r}; wanted a number above 0, at least 0.01.")
+    return float(value)
 
 def _plain_ones(owner: str, operations: Sequence) -> list[PlainOperation]:
     made = [as_operation(operation) for operation in operations]
@@ -82,7 +100,7 @@ class RandAugment(SomeOf):
     """
 
     def __init__(self, n: int | tuple[int, int] = 3, factor: float = 0.5, **kwargs):
-        f = factor = float(factor)
+        f = factor = _share(type(self).__name__, "factor", factor)
         always = (f, f)
         super().__init__([
             single.AutoContrast(always), single.Equalize(always), single.Solarize(f), single.Posterize(round(6 * f)), single.Brightness(0.6 * f),
@@ -122,8 +140,11 @@ class AugMix(PlainOperation):
 
     def __init__(self, n_chains: int = 3, depth: int = 3, factor: float = 0.3, alpha: float = 1.0, **kwargs):
         super().__init__(**kwargs)
-        self.n_chains, self.depth, self.factor, self.alpha = int(n_chains), int(depth), float(factor), float(alpha)
-        f = self.factor
+        if type(n_chains) is not int or type(depth) is not int or n_chains < 1 or not 1 <= depth <= 7:
+            raise ValueError(f"AugMix: n_chains is {n_chains!r}, depth {depth!r}; wanted at least one chain, of 1 to 7 operations.")
+        self.n_chains, self.depth = n_chains, depth
+        f = self.factor = _share("AugMix", "factor", factor)
+        self.alpha = _positive("AugMix", "alpha", alpha)
         self.chain = SomeOf([single.AutoContrast((f, 1.0) if f else 0), single.Equalize((f, 1.0) if f else 0), single.Solarize(f), single.Posterize(round(6 * f)),
                              single.Shear(f), single.Translation(f), single.Rotation(100 * f)], (1, self.depth))
 
@@ -156,9 +177,7 @@ class Mixing(Operation):
 
     def __init__(self, alpha: float = 0.2, **kwargs):
         super().__init__(**kwargs)
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or alpha <= 0:
-            raise ValueError(f"{type(self).__name__}: alpha is {alpha!r}; wanted a number above 0.")
-        self.alpha = float(alpha)
+        self.alpha = _positive(type(self).__name__, "alpha", alpha)
 
     def apply(self, images, labels, draws):
         first = draws.rows(ops.arange(ops.shape(images)[0], dtype="int32") * 2)
@@ -214,7 +233,7 @@ class Pipeline(Operation):
         super().__init__(**kwargs)
         if self.rate != 1:
             raise ValueError(f"Pipeline: rate is {self.rate}; a pipeline happens to every picture. Remedy: rates of its operations, or OneOf([[], [...]]).")
-        self.operations = [as_operation(operation) for operation in operations]
+        self.operations = [as_operation(operation) for operation in _as_list(operations)]
         self.levels = sum(operation.levels for operation in self.operations)
 
     def apply(self, images, labels, draws):
@@ -304,7 +323,7 @@ class OneOf(Operation):
         super().__init__(**kwargs)
         if not ways:
             raise ValueError("OneOf: there are no ways; wanted at least one list of operations.")
-        self.ways = [way if isinstance(way, Pipeline) else Pipeline(way if isinstance(way, (list, tuple)) else [way]) for way in map(_from_dict, ways)]
+        self.ways = [way if isinstance(way, Pipeline) else Pipeline(way) for way in map(_from_dict, _as_list(ways))]
         self.levels, self.static = max(way.levels for way in self.ways), bool(static)
         self.supports_jit = self.static  # what Keras asks before it lets XLA compile a model
 
@@ -329,16 +348,18 @@ def _from_dict(value):
     "The operation that a dict stands for; anything else as it is."
     if not isinstance(value, Mapping):
         return value
-    if value.get("operation") not in _CLASSES:
-        raise ValueError(unknown_name("operation", value.get("operation"), _CLASSES))
-    cls, arguments = _CLASSES[value["operation"]], {key: item for key, item in value.items() if key != "operation"}
+    named = value.get("operation")
+    cls = OPERATIONS.get(named) or _CLASSES.get(named)
+    if cls is None:
+        raise ValueError(unknown_name("operation", named, _CLASSES))
+    arguments = {key: item for key, item in value.items() if key != "operation"}
     for name in arguments:
         if name not in cls.argument_names():
             raise ValueError(unknown_name(f"argument of {cls.__name__}", name, cls.argument_names()))
     return cls(**arguments)
 
 def as_operation(value: Operation | str | Mapping[str, Any]) -> Operation:
-    """An operation from itself, from its name in `OPERATIONS` (with the defaults), or from a dict as `to_dict` makes it.
+    """An operation from itself, from its name in `OPERATIONS` or `PIPELINES`, or from a dict as `to_dict` makes it.
 
     Raises
     ------
@@ -346,9 +367,9 @@ def as_operation(value: Operation | str | Mapping[str, Any]) -> Operation:
         If there is no such operation or argument; the nearest names are listed.
     """
     if isinstance(value, str):
-        if value not in OPERATIONS:
-            raise ValueError(unknown_name("operation", value, OPERATIONS))
-        return OPERATIONS[value]()
+        if value not in (*OPERATIONS, *PIPELINES):
+            raise ValueError(unknown_name("operation", value, (*OPERATIONS, *PIPELINES)))
+        return OPERATIONS[value]() if value in OPERATIONS else Pipeline(PIPELINES[value])
     made = _from_dict(value)
     if not isinstance(made, Operation):
         raise ValueError(f"operation is {value!r}; wanted an Operation, one of the names {', '.join(OPERATIONS)}, or a dict such as {{'operation': 'Rotation', 'factor': 30}}.")
@@ -407,7 +428,7 @@ def find_pipeline(name: str | Sequence | Operation, seed: int = 0) -> Pipeline:
             if part not in known:
                 raise ValueError(unknown_name("augmentation", part, known))
         return Pipeline([operation for part in parts for operation in known[part]], seed=seed)
-    return Pipeline(name if isinstance(name, (list, tuple)) else [name], seed=seed)
+    return Pipeline(name, seed=seed)
 
 # %% ../nbs/03_augmentation.ipynb #ef93463d
 ENGINES = ("bloodnb", "keras_cv")
@@ -421,6 +442,8 @@ def check_augmentation(name: str, engine: str = "bloodnb") -> str:
     find_pipeline(name)
     if engine == "keras_cv" and name not in _KERAS_CV:
         raise ValueError(unknown_name("KerasCV pipeline", name, _KERAS_CV))
+    if engine == "keras_cv":
+        _keras_cv()  # fails now rather than after the data is read
     return name
 
 # %% ../nbs/03_augmentation.ipynb #f15b2de5
@@ -453,7 +476,9 @@ def partners(levels: int, index: np.ndarray, seed: int, epoch: int) -> np.ndarra
     return table
 
 def one_hot(labels: np.ndarray, n_classes: int) -> np.ndarray:
-    """Labels int (n,) as float32 (n, n_classes); soft ones (n, n_classes) as they are."""
+    """Labels int (n,) as float32 (n, n_classes); soft ones (n, n_classes) as they are; ValueError if there are none."""
+    if labels is None:
+        raise ValueError("there are no labels; wanted labelled pictures. Remedy: a labelled source, or any labels where only the pictures matter.")
     return np.eye(n_classes, dtype=np.float32)[labels] if np.ndim(labels) == 1 else np.asarray(labels, np.float32)
 
 @functools.lru_cache(maxsize=32)
@@ -495,7 +520,7 @@ class Augmenter:
     def __init__(self, images: np.ndarray, labels: np.ndarray, pipeline: Pipeline | str, index: np.ndarray | None = None, n_classes: int = 8):
         self.images, self.index = images, np.arange(len(images)) if index is None else np.asarray(index)
         self.one_hot = one_hot(labels, n_classes)
-        self.pipeline = find_pipeline(pipeline) if isinstance(pipeline, str) else pipeline
+        self.pipeline = pipeline if isinstance(pipeline, Pipeline) else find_pipeline(pipeline)
         self._call = _compiled_call(json.dumps(to_dict(self.pipeline)), images.shape[1:], self.one_hot.shape[1])
         self._partners = functools.lru_cache(maxsize=4)(lambda epoch: partners(self.pipeline.levels, self.index, self.pipeline.seed, epoch))
 
@@ -555,12 +580,12 @@ def _orders(n: int, epochs: Sequence[int], batch_size: int, seed: int, shuffle: 
         order = np.random.default_rng([seed, epoch]).permutation(n) if shuffle else np.arange(n)
         yield from ((epoch, order[start : start + batch_size]) for start in range(0, n, batch_size))
 
-def _stream(batches, length: int, *signature):
-    "A tf.data.Dataset of what a generator function yields, of known length."
+def _stream(batches, length: int | None, *signature):
+    "A tf.data.Dataset of what a generator function yields, of this length if it is known."
     import tensorflow as tf
 
     stream = tf.data.Dataset.from_generator(batches, output_signature=signature if len(signature) > 1 else signature[0])
-    return stream.apply(tf.data.experimental.assert_cardinality(length))
+    return stream if length is None else stream.apply(tf.data.experimental.assert_cardinality(length))
 
 def augmented_dataset(cells: CellImages, pipeline: Pipeline | str, epochs: Sequence[int], batch_size: int = 32, num_parallel_calls: int | None = None, shuffle: bool = True):
     """The same as a `tf.data.Dataset` (TensorFlow only).
@@ -639,7 +664,7 @@ def _keras_cv_layers(layers: list, batch: dict) -> dict:
     return batch
 
 # %% ../nbs/03_augmentation.ipynb #3f25033b
-def keras_cv_dataset(cells: CellImages, name: str, epochs: int = 1, batch_size: int = 32, seed: int = 0):
+def keras_cv_dataset(cells: CellImages, name: str, epochs: int | None = 1, batch_size: int = 32, seed: int = 0):
     """A pipeline of `PIPELINES` made of KerasCV's layers, as a `tf.data.Dataset`.
 
     Parameters
@@ -647,9 +672,11 @@ def keras_cv_dataset(cells: CellImages, name: str, epochs: int = 1, batch_size: 
     cells : CellImages or TrainingSet
     name : str
         A pipeline that KerasCV has layers for: all of the reports', "rand_augment" and "aug_mix".
-    epochs, batch_size : int
+    epochs : int or None
+        None for a stream without end.
+    batch_size : int
     seed : int
-        Of the order of the pictures; KerasCV's layers do not repeat whatever the seed.
+        Of the order of the pictures, and of TensorFlow's global generator, which this sets; KerasCV's layers do not repeat whatever the seed.
 
     Returns
     -------
@@ -672,7 +699,8 @@ def keras_cv_dataset(cells: CellImages, name: str, epochs: int = 1, batch_size: 
     ways, after = _KERAS_CV[name](layers)
 
     images, labels = tf.constant(cells.images), tf.constant(one_hot(cells.labels, len(cells.class_names)))
-    rows = _stream(lambda: (at for _, at in _orders(len(cells), range(epochs), batch_size, seed)), epochs * -(-len(cells) // batch_size),
+    every = itertools.count() if epochs is None else range(epochs)
+    rows = _stream(lambda: (at for _, at in _orders(len(cells), every, batch_size, seed)), None if epochs is None else epochs * -(-len(cells) // batch_size),
                    tf.TensorSpec((None,), tf.int64)).map(lambda at: {"images": tf.cast(tf.gather(images, at), tf.float32), "labels": tf.gather(labels, at)})
     if len(ways) > 1:  # each takes every so-manieth batch
         ways = [rows.shard(len(ways), number).map(functools.partial(_keras_cv_layers, way), num_parallel_calls=tf.data.AUTOTUNE) for number, way in enumerate(ways)]
@@ -687,23 +715,38 @@ def keras_cv_dataset(cells: CellImages, name: str, epochs: int = 1, batch_size: 
     return rows.map(finish, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
 
 # %% ../nbs/03_augmentation.ipynb #edde20ec
-def show_pipeline(cells: CellImages, pipeline: Pipeline | str, n: int = 8, epochs: int = 5) -> Figure:
+class _First:
+    "The first n pictures of a set, with what KerasCV's stream asks of one."
+
+    def __init__(self, cells, n):
+        self.images, self.labels, self.class_names = cells.images[:n], cells.labels[:n], cells.class_names
+
+    def __len__(self):
+        return len(self.images)
+
+def show_pipeline(cells: CellImages, pipeline: Pipeline | str, n: int = 8, epochs: int = 5, engine: str = "bloodnb") -> Figure:
     """A sheet of altered pictures: the first row as they are, then a row for each epoch; under mixed ones their main label.
 
     Parameters
     ----------
-    cells : CellImages
+    cells : CellImages or TrainingSet
         The first n are shown; partners come from all.
     pipeline : Pipeline or str
     n, epochs : int
         Columns, and rows of altered pictures.
+    engine : str
+        With "keras_cv" the rows are in another order, and partners come from the n.
     """
+    check_augmentation(pipeline if isinstance(pipeline, str) else "none", engine)
     made = Augmenter(cells.images, cells.labels, pipeline, cells.index, len(cells.class_names))
     at = np.arange(min(n, len(cells)))
     fig, axes = plt.subplots(epochs + 1, len(at), figsize=(1.1 * len(at), 1.12 * (epochs + 1)), squeeze=False, layout="constrained")
     plt.close(fig)
     for row in range(epochs + 1):
-        images, labels = made(at, row) if row else (cells.images[at], made.one_hot[at])
+        if row and engine == "keras_cv":
+            images, labels = next(keras_cv_dataset(_First(cells, len(at)), pipeline, batch_size=len(at), seed=row).as_numpy_iterator())
+        else:
+            images, labels = made(at, row) if row else (cells.images[at], made.one_hot[at])
         for ax, image, label in zip(axes[row], images, labels):
             ax.imshow(image)
             ax.set_axis_off()

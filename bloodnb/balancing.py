@@ -13,12 +13,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .augmentation import Augmenter, find_pipeline
+from .augmentation import Augmenter, find_pipeline, one_hot
 from .data import CellImages, check_no_leak, unknown_name
 
 # %% auto #0
-__all__ = ['ORIGINS', 'BALANCES', 'TrainingSet', 'class_table', 'add_augmented', 'siumgpt_set', 'smote', 'add_repeated',
-           'add_smote', 'balance', 'show_training']
+__all__ = ['ORIGINS', 'BALANCES', 'TrainingSet', 'class_table', 'smote', 'check_balance', 'balance', 'show_training']
 
 # %% ../nbs/03_balancing.ipynb #338378ec
 ORIGINS = ("original", "repeated", "augmented", "mixed", "smote")
@@ -48,8 +47,11 @@ class TrainingSet:
 
     @property
     def index(self) -> np.ndarray:
-        """A number for each picture, 0..m-1: its key for further augmentation."""
-        return np.arange(len(self))
+        """A lasting number for each picture, int64 (m,), its key for further augmentation: originals keep theirs, made ones follow."""
+        own = self.origin == 0
+        index = self.made_of.copy()
+        index[~own] = self.made_of[own].max(initial=-1) + 1 + np.arange((~own).sum())
+        return index
 
     def __len__(self) -> int:
         return len(self.images)
@@ -70,11 +72,11 @@ def class_table(training: TrainingSet) -> pd.DataFrame:
 # %% ../nbs/03_balancing.ipynb #7d53b094
 def _grown(train: CellImages, *added: tuple[str, np.ndarray, np.ndarray, np.ndarray]) -> TrainingSet:
     "The training part with further pictures: (origin, images, labels, made_of) each."
-    one_hot = np.eye(len(train.class_names), dtype=np.float32)[train.labels]
+    own = one_hot(train.labels, len(train.class_names))
     origins = [np.zeros(len(train), np.uint8)] + [np.full(len(images), ORIGINS.index(kind), np.uint8) for kind, images, *_ in added]
     if not added:
-        return TrainingSet(train.images, one_hot, train.class_names, origins[0], train.index)
-    images, labels, made_of = (np.concatenate([first, *(part[i] for part in added)]) for i, first in ((1, train.images), (2, one_hot), (3, train.index)))
+        return TrainingSet(train.images, own, train.class_names, origins[0], train.index)
+    images, labels, made_of = (np.concatenate([first, *(part[i] for part in added)]) for i, first in ((1, train.images), (2, own), (3, train.index)))
     return TrainingSet(images, labels, train.class_names, np.concatenate(origins), made_of)
 
 def _fill(labels: np.ndarray, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -88,6 +90,8 @@ def _fill(labels: np.ndarray, n: int, seed: int) -> tuple[np.ndarray, np.ndarray
         number.append(np.repeat(np.arange(1, rounds + 1), len(own))[:missing])
     return np.concatenate(at), np.concatenate(number)
 
+_COPIES = 2_000_000  # where the numbers of the copies begin, out of the way of a training's epochs
+
 def _altered(train: CellImages, pipeline: str, at: np.ndarray, number: np.ndarray, seed: int, batch_size: int = 128) -> tuple[np.ndarray, np.ndarray]:
     "Copies of the pictures at these positions, each by its number, written straight into one array."
     made = Augmenter(train.images, train.labels, find_pipeline(pipeline, seed), train.index, len(train.class_names))
@@ -95,11 +99,11 @@ def _altered(train: CellImages, pipeline: str, at: np.ndarray, number: np.ndarra
     labels = np.empty((len(at), len(train.class_names)), np.float32)
     for start in range(0, len(at), batch_size):
         part = slice(start, start + batch_size)
-        images[part], labels[part] = made(at[part], number[part])
+        images[part], labels[part] = made(at[part], _COPIES + number[part])
     return images, labels
 
 # %% ../nbs/03_balancing.ipynb #c66bf8b6
-def add_augmented(train: CellImages, n: int, pipeline: str, seed: int = 0) -> TrainingSet:
+def _add_augmented(train: CellImages, n: int, pipeline: str, seed: int = 0) -> TrainingSet:
     """Fill every class up to n pictures with augmented copies; larger classes stay as they are.
 
     Parameters
@@ -116,7 +120,7 @@ def add_augmented(train: CellImages, n: int, pipeline: str, seed: int = 0) -> Tr
     images, labels = _altered(train, pipeline, at, number, seed)
     return _grown(train, ("augmented", images, labels, train.index[at]))
 
-def siumgpt_set(train: CellImages, n: int = 5000, seed: int = 0) -> TrainingSet:
+def _siumgpt_set(train: CellImages, n: int, seed: int = 0) -> TrainingSet:
     """SiumGPT's set: n pictures of each class by augmented copies, and one MixUp picture for each clean one.
 
     With all 11,943 clean pictures of the homework the report counts 8 * 5,000 + 11,943 = 51,943.
@@ -166,30 +170,40 @@ def smote(x: np.ndarray, labels: np.ndarray, seed: int = 0, k_neighbors: int = 5
     return grown[len(x):], grown_labels[len(x):]
 
 # %% ../nbs/03_balancing.ipynb #c6667088
-def add_repeated(train: CellImages, seed: int = 0) -> TrainingSet:
+def _add_repeated(train: CellImages, seed: int = 0) -> TrainingSet:
     """Repeat random pictures of the smaller classes until all are as large as the largest."""
     if len(np.unique(train.labels)) < 2:
         return _grown(train)
     positions, _ = _imblearn().RandomOverSampler(random_state=seed).fit_resample(np.arange(len(train))[:, None], train.labels)
     at = positions[len(train):, 0]
-    return _grown(train, ("repeated", train.images[at], np.eye(len(train.class_names), dtype=np.float32)[train.labels[at]], train.index[at]))
+    return _grown(train, ("repeated", train.images[at], one_hot(train.labels[at], len(train.class_names)), train.index[at]))
 
-def add_smote(train: CellImages, seed: int = 0, k_neighbors: int = 5) -> TrainingSet:
+def _add_smote(train: CellImages, seed: int = 0, k_neighbors: int = 5) -> TrainingSet:
     """SMOTE on pixels, as DeepDrive did it: see `smote`. Needs about 4 * 4 bytes for each value of the grown set while it works."""
     new, labels = smote(train.images.reshape(len(train), -1), train.labels, seed, k_neighbors)
     images = np.rint(new, out=new).astype(np.uint8).reshape(-1, *train.images.shape[1:])
-    return _grown(train, ("smote", images, np.eye(len(train.class_names), dtype=np.float32)[labels], np.full(len(images), -1)))
+    return _grown(train, ("smote", images, one_hot(labels, len(train.class_names)), np.full(len(images), -1)))
 
 # %% ../nbs/03_balancing.ipynb #5d67b0cf
-BALANCES: dict[str, Callable[[CellImages, int], TrainingSet]] = {
-    "none": lambda train, seed: _grown(train),
-    "oversample": add_repeated,
-    "smote": add_smote,
-    "machine_dumbening": lambda train, seed: add_augmented(train, 1500, "machine_dumbening", seed),
-    "siumgpt": lambda train, seed: siumgpt_set(train, seed=seed),
+BALANCES: dict[str, Callable[[CellImages, int | None, int], TrainingSet]] = {
+    "none": lambda train, n, seed: _grown(train),
+    "oversample": lambda train, n, seed: _add_repeated(train, seed),
+    "smote": lambda train, n, seed: _add_smote(train, seed),
+    "machine_dumbening": lambda train, n, seed: _add_augmented(train, n or 1500, "machine_dumbening", seed),
+    "siumgpt": lambda train, n, seed: _siumgpt_set(train, n or 5000, seed),
 }
+_TO_N = ("machine_dumbening", "siumgpt")  # those that fill up to a number
 
-def balance(train: CellImages, method: str, *, held_out: Mapping[str, CellImages], seed: int = 0) -> TrainingSet:
+def check_balance(method: str) -> str:
+    """The name of a way of balancing as it is, if there is one and what it needs is installed; else ValueError or ImportError."""
+    if not isinstance(method, str) or method not in BALANCES:
+        raise ValueError(unknown_name("balance", method, BALANCES))
+    if method in ("oversample", "smote"):
+        _imblearn()
+    return method
+
+# %% ../nbs/03_balancing.ipynb #2b0116bf
+def balance(train: CellImages, method: str, *, held_out: Mapping[str, CellImages], n: int | None = None, seed: int = 0) -> TrainingSet:
     """Balance a training part.
 
     Parameters
@@ -197,10 +211,12 @@ def balance(train: CellImages, method: str, *, held_out: Mapping[str, CellImages
     train : CellImages
         With labels.
     method : str
-        Key of `BALANCES`: "oversample" and "smote" fill up to the largest class, "machine_dumbening" fills rare classes up to 1,500 and
-        "siumgpt" all up to 5,000 plus mixed ones, both by augmented copies. "none" adds nothing.
+        Key of `BALANCES`: "oversample" and "smote" fill up to the largest class, "machine_dumbening" fills rare classes up to n (1,500) and
+        "siumgpt" all up to n (5,000) plus mixed ones, both by augmented copies. "none" adds nothing.
     held_out : mapping of str to CellImages
         All other parts, by name: `{"val": ..., "test": ...}`. None of their pictures may be in `train`.
+    n : int, optional
+        Pictures per class, for the two that fill up to a number.
     seed : int
 
     Returns
@@ -210,14 +226,18 @@ def balance(train: CellImages, method: str, *, held_out: Mapping[str, CellImages
     Raises
     ------
     ValueError
-        If the method is unknown, `train` has no labels, or it holds a picture of another part.
+        If the method is unknown, an argument does not fit, or `train` holds a picture of another part.
     """
-    if method not in BALANCES:
-        raise ValueError(unknown_name("balance", method, BALANCES))
-    if train.labels is None:
-        raise ValueError(f"{train.source} has no labels, so there is nothing to balance; wanted the labelled training part.")
+    check_balance(method)
+    if not isinstance(train, CellImages) or train.labels is None:
+        raise ValueError(f"{train!r} has no labels or is no CellImages, so there is nothing to balance; wanted the labelled training part.")
+    if not isinstance(held_out, Mapping) or "train" in held_out or not all(isinstance(part, CellImages) for part in held_out.values()):
+        names = list(held_out) if isinstance(held_out, Mapping) else held_out
+        raise ValueError(f'held_out is {names!r}; wanted the other parts by name, e.g. {{"val": val, "test": test}}, without the training part.')
+    if n is not None and (method not in _TO_N or type(n) is not int or n < 1):
+        raise ValueError(f"n is {n!r} for {method}; wanted a whole number above 0, with one of {', '.join(_TO_N)}.")
     check_no_leak({"train": train, **held_out})
-    return BALANCES[method](train, seed)
+    return BALANCES[method](train, n, seed)
 
 # %% ../nbs/03_balancing.ipynb #7e365466
 def show_training(training: TrainingSet, n: int = 10, seed: int = 0) -> Figure:

@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 
 from .augmentation import ENGINES, check_augmentation
-from .balancing import BALANCES
+from .balancing import check_balance
 from .cleaning import BACKGROUNDS, check_cleaning
 from .data import unknown_name
 from .models import BACKBONES, find_backbone
@@ -153,7 +153,7 @@ class Recipe:
 _RULES: dict[str, Callable[[Any], Any]] = {
     "cleaning": check_cleaning,
     "background": _one_of("background", BACKGROUNDS),
-    "balance": _one_of("balance", BALANCES),
+    "balance": check_balance,
     "val_fraction": _number(float, 0, 1, high_open=True),
     "test_fraction": _number(float, 0, 1, high_open=True),
     "backbone": _backbone,

@@ -86,14 +86,14 @@ class KerasCVBatches(keras.utils.PyDataset):
     ----------
     train : CellImages or TrainingSet
     name : str
-    epochs, batch_size, seed : int
+    batch_size, seed : int
     class_weight : ndarray of float, shape (n_classes,), or None
     """
 
-    def __init__(self, train, name, epochs=1, batch_size=32, seed=0, class_weight=None):
+    def __init__(self, train, name, batch_size=32, seed=0, class_weight=None):
         super().__init__()
         self.steps, self.class_weight = -(-len(train) // batch_size), class_weight
-        self.stream = keras_cv_dataset(train, name, epochs, batch_size, seed).as_numpy_iterator()
+        self.stream = keras_cv_dataset(train, name, None, batch_size, seed).as_numpy_iterator()  # endless: Keras looks at batches before it begins
 
     def __len__(self):
         return self.steps
@@ -311,7 +311,7 @@ def _head_batches(trunk, replicates, train, pipeline, engine, batch_size, seed, 
     n_classes, copies = len(train.class_names), 0 if pipeline == "none" else replicates
     features, labels = [predict(trunk, train.images)], [one_hot(train.labels, n_classes)]
     if copies and engine == "keras_cv":
-        stream = KerasCVBatches(train, pipeline, copies, seed=seed)
+        stream = KerasCVBatches(train, pipeline, seed=seed)
         altered = (stream[0] for _ in range(copies * len(stream)))
     else:
         made = Augmenter(train.images, train.labels, find_pipeline(pipeline, seed), train.index, n_classes)
@@ -322,10 +322,10 @@ def _head_batches(trunk, replicates, train, pipeline, engine, batch_size, seed, 
         labels.append(shares)
     return Batches(np.concatenate(features), np.concatenate(labels), n_classes, batch_size, seed, class_weight)
 
-def _image_batches(epochs, train, pipeline, engine, batch_size, seed, class_weight) -> Batches | KerasCVBatches:
+def _image_batches(train, pipeline, engine, batch_size, seed, class_weight) -> Batches | KerasCVBatches:
     "The training pictures themselves, altered anew in each epoch."
     if pipeline != "none" and engine == "keras_cv":
-        return KerasCVBatches(train, pipeline, epochs, batch_size, seed, class_weight)
+        return KerasCVBatches(train, pipeline, batch_size, seed, class_weight)
     n_classes = len(train.class_names)
     made = None if pipeline == "none" else Augmenter(train.images, train.labels, find_pipeline(pipeline, seed), train.index, n_classes)
     return Batches(train.images, train.labels, n_classes, batch_size, seed, class_weight, made)
@@ -419,7 +419,7 @@ def train_classifier(
                          epochs=head_epochs, learning_rate=head_learning_rate, phase="head", **fit))
     if epochs > 0:
         set_trainable(model, unfreeze, batch_norm)
-        batches = _image_batches(epochs, **common)
+        batches = _image_batches(**common)
         _fit_momentum(model, len(batches))
         said.append(_fit(model, batches, val and Batches(val.images, val.labels, **tested), epochs=epochs, learning_rate=learning_rate, phase="fine-tune", **fit))
     table.finish("; ".join(said))

@@ -55,7 +55,7 @@ def test_same_pictures_whatever_runs_them(cells, name):
 
 def test_jax_draws_the_same_pictures(tmp_path):
     """Another process on JAX, without TensorFlow: equal up to one level in a few values (sums are rounded elsewhere)."""
-    names = ["siumgpt_mixup", "machine_dumbening", "robust"]
+    names = ["siumgpt_mixup", "machine_dumbening", "robust", "deepdrive", "backpropagators"]
     command = [sys.executable, "-c", DIGEST, json.dumps(names), str(tmp_path)]
     said = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, "KERAS_BACKEND": "jax"}).stdout
     assert said.split() == ["jax", "False"]
@@ -64,10 +64,10 @@ def test_jax_draws_the_same_pictures(tmp_path):
         images, labels = augment(cells, find_pipeline(name, SEED), epoch=1, batch_size=12)
         with np.load(tmp_path / f"{name}.npz", allow_pickle=False) as made:
             apart = np.abs(made["images"].astype(int) - images)
-            assert np.quantile(apart, 0.98) <= 1 and np.allclose(made["labels"], labels, atol=1e-6), name
+            assert apart.max() <= 1 and (apart > 0).mean() < 0.01 and np.allclose(made["labels"], labels, atol=1e-6), name
 
 
-@pytest.mark.parametrize("name", ["siumgpt", "siumgpt_mixup", "machine_dumbening", "backpropagators"])
+@pytest.mark.parametrize("name", [name for name in PIPELINES if name not in ("none", "robust")])
 def test_keras_cv_pipelines(cells, name):
     batches = list(keras_cv_dataset(cells, name, epochs=1, batch_size=16))
     images, labels = (np.concatenate([np.asarray(batch[i]) for batch in batches]) for i in (0, 1))
