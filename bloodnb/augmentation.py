@@ -37,6 +37,7 @@ def _chosen(draws: Draws, n: tuple[int, int], count: int):
     wanted = n[0] + ops.cast(draws.child(1).uniform(1) * (n[1] - n[0] + 1), "int32")
     return rank < wanted
 
+# %% ../nbs/03_augmentation.ipynb #d665cbec
 @keras.saving.register_keras_serializable(package="bloodnb")
 class SomeOf(PlainOperation):
     """Let n operations of a list happen to each picture, in the list's order.
@@ -61,6 +62,7 @@ class SomeOf(PlainOperation):
         on = _chosen(draws.child(0), self.n, len(self.operations))
         return run(self.operations, images, draws.child(1), [on[:, i] for i in range(len(self.operations))], counts)
 
+# %% ../nbs/03_augmentation.ipynb #cdc9c4e5
 def _as_list(operations) -> list:
     "A list of operations; a single one, or one name or dict, as a list of one."
     return list(operations) if isinstance(operations, (list, tuple)) else [operations]
@@ -122,6 +124,7 @@ def _quantiles(law: str, alpha: float) -> np.ndarray:
     at = (np.arange(_STEPS) + 0.5) / _STEPS
     return (stats.beta.ppf(at, alpha, alpha) if law == "beta" else stats.gamma.ppf(at, alpha)).astype(np.float32)
 
+# %% ../nbs/03_augmentation.ipynb #28cd92d5
 @keras.saving.register_keras_serializable(package="bloodnb")
 class AugMix(PlainOperation):
     """Average a picture with several altered copies of it (Hendrycks et al. 2020, arXiv:1912.02781).
@@ -191,6 +194,7 @@ class Mixing(Operation):
         """Pairs (b, 2, h, w, 3) and the wanted share of the first (b,), to pictures (b, h, w, 3) and the share that it got."""
         raise NotImplementedError
 
+# %% ../nbs/03_augmentation.ipynb #9b1a9c01
 @keras.saving.register_keras_serializable(package="bloodnb")
 class MixUp(Mixing):
     """Lay two pictures over each other (Zhang et al. 2018, arXiv:1710.09412)."""
@@ -475,6 +479,7 @@ def partners(levels: int, index: np.ndarray, seed: int, epoch: int) -> np.ndarra
         table = np.stack([table, other[table]], axis=2).reshape(len(index), -1)
     return table
 
+# %% ../nbs/03_augmentation.ipynb #653c9a46
 def one_hot(labels: np.ndarray, n_classes: int) -> np.ndarray:
     """Labels int (n,) as float32 (n, n_classes); soft ones (n, n_classes) as they are; ValueError if there are none."""
     if labels is None:
@@ -502,7 +507,7 @@ def _compiled_call(written: str, shape: tuple[int, ...], n_classes: int):
         return jax.jit(call)
     return call
 
-# %% ../nbs/03_augmentation.ipynb #653c9a46
+# %% ../nbs/03_augmentation.ipynb #2c264799
 class Augmenter:
     """Pictures of a training set as a pipeline alters them.
 
@@ -525,7 +530,7 @@ class Augmenter:
         self._partners = functools.lru_cache(maxsize=4)(lambda epoch: partners(self.pipeline.levels, self.index, self.pipeline.seed, epoch))
 
     def sources(self, at: np.ndarray, epoch: int | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Positions of the pictures that go into those `at` these positions, int (b, 2**levels), and their keys, int32 (b, 2**levels, 2)."""
+        "Positions of the pictures that go into those `at` these positions, int (b, 2**levels), and their keys, int32 (b, 2**levels, 2)."
         epochs = np.broadcast_to(np.asarray(epoch), np.shape(at))
         rows = np.empty((len(at), 2**self.pipeline.levels), int)
         for each in np.unique(epochs):
@@ -534,14 +539,7 @@ class Augmenter:
         return rows, keys.astype(np.uint32).astype(np.int32)
 
     def __call__(self, at: np.ndarray, epoch: int | np.ndarray = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Pictures as they are in an epoch.
-
-        Parameters
-        ----------
-        at : ndarray of int, shape (b,)
-            Their positions.
-        epoch : int or ndarray of int, shape (b,)
-            Or number of the copy.
+        """Pictures at some positions, int (b,), as they are in an epoch or copy of this number, int or int (b,).
 
         Returns
         -------
@@ -587,6 +585,7 @@ def _stream(batches, length: int | None, *signature):
     stream = tf.data.Dataset.from_generator(batches, output_signature=signature if len(signature) > 1 else signature[0])
     return stream if length is None else stream.apply(tf.data.experimental.assert_cardinality(length))
 
+# %% ../nbs/03_augmentation.ipynb #bdf1819c
 def augmented_dataset(cells: CellImages, pipeline: Pipeline | str, epochs: Sequence[int], batch_size: int = 32, num_parallel_calls: int | None = None, shuffle: bool = True):
     """The same as a `tf.data.Dataset` (TensorFlow only).
 
@@ -672,23 +671,19 @@ def keras_cv_dataset(cells: CellImages, name: str, epochs: int | None = 1, batch
     cells : CellImages or TrainingSet
     name : str
         A pipeline that KerasCV has layers for: all of the reports', "rand_augment" and "aug_mix".
-    epochs : int or None
-        None for a stream without end.
-    batch_size : int
+    epochs, batch_size : int
+        Epochs None is a stream without end.
     seed : int
         Of the order of the pictures, and of TensorFlow's global generator, which this sets; KerasCV's layers do not repeat whatever the seed.
 
     Returns
     -------
-    tf.data.Dataset
-        Batches of (images uint8 (b, height, width, 3), labels float32 (b, n_classes)).
+    tf.data.Dataset of (images uint8 (b, height, width, 3), labels float32 (b, n_classes))
 
     Raises
     ------
-    ValueError
-        If KerasCV has no such pipeline.
-    RuntimeError, ImportError
-        If Keras does not run on TensorFlow, or KerasCV is not installed.
+    ValueError, RuntimeError, ImportError
+        If KerasCV has no such pipeline, Keras does not run on TensorFlow, or KerasCV is not installed.
     """
     if name not in _KERAS_CV:
         raise ValueError(unknown_name("KerasCV pipeline", name, _KERAS_CV))

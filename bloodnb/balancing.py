@@ -60,6 +60,7 @@ class TrainingSet:
         kinds = ", ".join(f"{n:,} {ORIGINS[kind]}" for kind, n in enumerate(np.bincount(self.origin, minlength=len(ORIGINS))) if n)
         return f"TrainingSet({len(self):,} pictures: {kinds})"
 
+# %% ../nbs/03_balancing.ipynb #303048de
 def class_table(training: TrainingSet) -> pd.DataFrame:
     """How many pictures of each class (of mixed ones: the class with the largest share) and origin; a row per class, and a total."""
     counts = np.zeros((len(training.class_names), len(ORIGINS)), int)

@@ -74,15 +74,15 @@ def _normal_table() -> np.ndarray:
 
     return norm.ppf((np.arange(65536) + 0.5) / 65536).astype(np.float32)
 
+# %% ../nbs/03_operations.ipynb #14f5c0a3
 class Draws:
-    """Random numbers for a batch, a row per picture; each row depends on that picture's key alone.
+    """Random numbers for a batch; each picture's row depends on its key alone.
 
     Parameters
     ----------
     keys : tensor of int32, shape (b, 2)
         Epoch (or number of the copy) and index of each picture.
-    seed : int
-        0 to 2**32 - 1.
+    seed : int, 0 to 2**32 - 1
     base : tensor of int32, shape (b,), optional
         Instead of keys and seed: the state of another source.
     """
@@ -107,7 +107,7 @@ class Draws:
         return _scramble(ops.bitwise_xor(self.base[:, None], ops.convert_to_tensor(_counters(n))[None]))
 
     def uniform(self, n: int):
-        """Uniform numbers: float32, shape (b, n), 0 <= u < 1, multiples of 2**-24."""
+        """Numbers: float32, shape (b, n), 0 <= u < 1, multiples of 2**-24."""
         return ops.cast(_shifted(self.bits(n), 8), "float32") * np.float32(2**-24)
 
     def normal(self, n: int):
@@ -223,6 +223,17 @@ def _partners_in_batch(x, levels: int):
     "Without a data set at hand a picture's partners are the next ones of its batch: (b, ...) to (b, 2**levels, ...)."
     return x if x is None else ops.stack([ops.roll(x, -places, axis=0) for places in range(2**levels)], axis=1)
 
+def _check_rate_and_seed(name: str, rate, seed) -> None:
+    if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 <= rate <= 1:
+        raise ValueError(f"{name}: rate is {rate!r}; wanted a share of 0 to 1.")
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**32:
+        raise ValueError(f"{name}: seed is {seed!r}; wanted a whole number of 0 to 2**32 - 1.")
+
+def _check_shapes(name: str, images, labels) -> None:
+    if len(images) not in (4, 5) or images[-1] != 3 or (labels is not None and len(labels) != len(images) - 2):
+        raise ValueError(f"{name}: images have shape {tuple(images)}, labels {labels if labels is None else tuple(labels)}; wanted (b, height, width, 3) "
+                         "and one-hot or soft (b, n_classes). Remedy for whole-number labels: bloodnb.augmentation.one_hot.")
+
 def _plain(value):
     "A value as JSON has it: tuples as lists, operations as dicts."
     if isinstance(value, _Remembering):
@@ -250,10 +261,9 @@ class _Remembering(keras.layers.Layer):
 class Operation(_Remembering):
     """What all operations share: `operation(images, labels=None, keys=None, training=True)`.
 
-    Images are uint8 or float (b, height, width, 3), RGB, 0..255, and come back so (float as float32), with labels as a pair; labels are
-    one-hot or soft, (b, n_classes). Keys, int32 (b, 2), are epoch and index of each picture: with them the result depends on nothing else.
-    An operation that mixes takes partners from the batch, or is given them: images (b, 2**levels, height, width, 3), and so on.
-    In a model it works unless `training=False`: `fit` alters, `predict` and `evaluate` do not; `model(x)` alone does.
+    Images are uint8 or float (b, height, width, 3), RGB, 0..255, and come back so (float as float32), with labels as a pair; labels are one-hot or
+    soft, (b, n_classes). Keys, int32 (b, 2), are epoch and index of each picture: with them the result depends on nothing else. An operation that
+    mixes takes partners from the batch, or is given them: images (b, 2**levels, height, width, 3), and so on. `fit` alters, `predict` does not.
 
     Parameters
     ----------
@@ -267,25 +277,19 @@ class Operation(_Remembering):
 
     def __init__(self, rate: float = 1.0, seed: int = 0, **kwargs):
         super().__init__(**{"autocast": False, "dtype": "float32", **kwargs})
-        if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 <= rate <= 1:
-            raise ValueError(f"{type(self).__name__}: rate is {rate!r}; wanted a share of 0 to 1.")
-        if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**32:
-            raise ValueError(f"{type(self).__name__}: seed is {seed!r}; wanted a whole number of 0 to 2**32 - 1.")
+        _check_rate_and_seed(type(self).__name__, rate, seed)
         self.rate, self.seed = float(rate), int(seed)
         self.seed_generator = keras.random.SeedGenerator(self.seed)
         self.built = True  # there is nothing to build
 
     def apply(self, images, labels, draws: Draws):
-        """Float pictures (b, 2**levels, h, w, 3) with labels (b, 2**levels, c) or None, and numbers for each of the b * 2**levels pictures,
-        to pictures (b, h, w, 3) and labels (b, c) or None."""
+        "Float pictures (b, 2**levels, h, w, 3), labels (b, 2**levels, c) or None, numbers for all of them; to (b, h, w, 3) and (b, c) or None."
         raise NotImplementedError
 
     def call(self, images, labels=None, keys=None, training=True):
         if not training:
             return images if labels is None else (images, labels)
-        if len(images.shape) not in (4, 5) or images.shape[-1] != 3 or (labels is not None and len(labels.shape) != len(images.shape) - 2):
-            raise ValueError(f"{type(self).__name__}: images have shape {tuple(images.shape)}, labels {None if labels is None else tuple(labels.shape)}; wanted "
-                             "(b, height, width, 3) and one-hot or soft (b, n_classes). Remedy for whole-number labels: bloodnb.augmentation.one_hot.")
+        _check_shapes(type(self).__name__, images.shape, None if labels is None else labels.shape)
         kind = keras.backend.standardize_dtype(images.dtype)
         parts = [ops.cast(images, "float32"), None if labels is None else ops.cast(labels, "float32"), keys]
         if len(images.shape) == 4:
@@ -330,6 +334,7 @@ def run(operations: Sequence[PlainOperation], images, draws: Draws, on: Sequence
         images, counts = ops.clip(kind[0].merge(images, list(group), counts), 0, 255), None
     return images
 
+# %% ../nbs/03_operations.ipynb #d30d1435
 class PlainOperation(Operation):
     """An operation on single pictures. Neighbours with an equal `kind()` are handed together to `merge` of the class that stands first in it."""
 
@@ -701,6 +706,7 @@ class Sides(_WithFactor):
         """Matrices (64, side, side) of strengths from low to high."""
         raise NotImplementedError
 
+# %% ../nbs/03_operations.ipynb #52400a2b
 @keras.saving.register_keras_serializable(package="bloodnb")
 class GaussianBlur(Sides):
     """Blur with a Gaussian bell; factor is its standard deviation in pixels, 0..10."""
