@@ -82,6 +82,19 @@ def test_library_notebook_exports_its_module(notebook):
     assert names == [notebook.stem[3:]], f"{notebook}: wanted one `#| default_exp {notebook.stem[3:]}`, got {names}"
 
 
+@each_notebook
+def test_imports_stand_in_cells_of_their_own(notebook):
+    """nbdev runs every cell that imports when it makes a page, and none of the others: what else stands in it would miss its variables."""
+    mixed = []
+    for cell in cells_of(notebook):
+        if cell.cell_type != "code" or re.search(r"^#\| *export|nbdev_export\(\)", cell.source, re.M):
+            continue
+        kinds = {isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.parse(re.sub(r"^[%!].*", "", cell.source, flags=re.M)).body}
+        if kinds == {True, False}:
+            mixed.append(cell.source[:80])
+    assert not mixed, f"{notebook}: cells that import and do more: {mixed}. Move the imports into a cell of their own."
+
+
 @pytest.mark.parametrize("notebook", JOBS, ids=str)
 def test_job_notebook_takes_parameters_and_exports_nothing(notebook):
     cells = [c for c in cells_of(notebook) if c.cell_type == "code"]
