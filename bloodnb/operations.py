@@ -308,7 +308,7 @@ def _where(on, changed, unchanged):
     "Picture by picture: the changed value where `on` (b,), else the unchanged one."
     return ops.where(ops.reshape(on, (-1, *[1] * (len(changed.shape) - 1))), changed, unchanged)
 
-def run(operations: Sequence[PlainOperation], images, draws: Draws, on: Sequence | None = None, counts=None):
+def run(operations: Sequence[Operation], images, draws: Draws, on: Sequence | None = None, counts=None):
     """Apply operations on single pictures in their order, merging neighbours of one kind.
 
     Parameters
