@@ -397,6 +397,10 @@ PIPELINES: dict[str, list] = {
     "team_name_randaugment": ["rand_augment", _NOISE_20],
     "backpropagators": [{"operation": "OneOf", "ways": [[], ["rand_augment", "cut_mix", "mix_up"], "aug_mix"]}, *_GEOMETRIC],
     "in_model": ["flip", "rotation", "zoom", "translation", "contrast"],
+    "siumgpt_in_model": ["flip", {"operation": "Brightness", "factor": 0.2}, {"operation": "Rotation", "factor": 180}, {"operation": "Translation", "factor": 0.2},
+                         {"operation": "Contrast", "factor": 0.2}],
+    "backpropagators_in_model": ["flip", {"operation": "Rotation", "factor": 108}, {"operation": "Translation", "factor": 0.3}, {"operation": "Brightness", "factor": 0.3},
+                                 {"operation": "Contrast", "factor": 0.4}, {"operation": "Zoom", "factor": 0.3}],
     "robust": [
         {"operation": "SomeOf", "n": (0, 2), "operations": [{"operation": "Brightness", "factor": 0.3}, {"operation": "Contrast", "factor": 0.5}, {"operation": "ChannelShift", "factor": 0.2},
                                                        "solarize", "posterize", "equalize", "auto_contrast"]},
@@ -646,6 +650,10 @@ _KERAS_CV: dict[str, Any] = {
     "backpropagators": lambda L: ([[], [L.RandAugment(_LEVELS), L.CutMix(), L.MixUp(0.2)], [L.AugMix(_LEVELS)]], _keras_cv_geometric(L)),
     "in_model": lambda L: ([[L.RandomFlip("horizontal_and_vertical"), L.RandomRotation(30 / 360), L.RandomZoom(0.2), L.RandomTranslation(0.2, 0.2),
                              L.RandomContrast(_LEVELS, 0.3)]], []),
+    "siumgpt_in_model": lambda L: ([[L.RandomFlip("horizontal_and_vertical"), L.RandomBrightness(0.2, _LEVELS), L.RandomRotation(1.0), L.RandomTranslation(0.2, 0.2),
+                                     L.RandomContrast(_LEVELS, 0.2)]], []),
+    "backpropagators_in_model": lambda L: ([[L.RandomFlip("horizontal_and_vertical"), L.RandomRotation(0.3), L.RandomTranslation(0.3, 0.3), L.RandomBrightness(0.3, _LEVELS),
+                                             L.RandomContrast(_LEVELS, 0.4), L.RandomZoom(0.3)]], []),
     "rand_augment": lambda L: ([[L.RandAugment(_LEVELS)]], []),
     "aug_mix": lambda L: ([[L.AugMix(_LEVELS)]], []),
 }

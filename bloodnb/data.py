@@ -31,9 +31,9 @@ from PIL import Image, UnidentifiedImageError
 
 # %% auto #0
 __all__ = ['CLASS_NAMES', 'PARTS', 'BLOODMNIST_MD5', 'READERS', 'unknown_name', 'class_label', 'CellImages', 'positions', 'take',
-           'drop', 'counts', 'sha256', 'fit_image', 'download', 'Source', 'find_source', 'load', 'image_digests',
-           'first_equal', 'identical_groups', 'Split', 'first_connected', 'split', 'Leak', 'find_leaks',
-           'check_no_leak']
+           'drop', 'counts', 'sha256', 'fit_image', 'cache_folder', 'download', 'Source', 'find_source', 'load',
+           'image_digests', 'first_equal', 'identical_groups', 'Split', 'first_connected', 'split', 'Leak',
+           'find_leaks', 'check_no_leak']
 
 # %% ../nbs/00_data.ipynb #b53f0dbd
 CLASS_NAMES = ("basophil", "eosinophil", "erythroblast", "ig", "lymphocyte", "monocyte", "neutrophil", "platelet")
@@ -457,7 +457,8 @@ BLOODMNIST_MD5 = {
     224: "b718ff6835fcbdb22ba9eacccd7b2601",
 }
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """Where what was downloaded or dear to compute is kept: `$BLOODNB_CACHE`, or `.cache/bloodnb` in the home folder."""
     return Path(os.environ.get("BLOODNB_CACHE") or Path.home() / ".cache" / "bloodnb")
 
 def _md5(path: Path) -> str:
@@ -600,7 +601,7 @@ def _read_drawn(source: Source, size: int) -> CellImages:
 
 def _read_bloodmnist(source: Source, size: int) -> CellImages:
     side = int(source.name.partition("_")[2] or 28)
-    path = _cache() / f"{source.name}.npz"
+    path = cache_folder() / f"{source.name}.npz"
     return _read_npz(download(f"{_ZENODO}{path.name}?download=1", path, BLOODMNIST_MD5[side]), size, _parts(source))
 
 def _parts(source: Source) -> tuple[str, ...]:

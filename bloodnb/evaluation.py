@@ -18,7 +18,8 @@ from sklearn.metrics import confusion_matrix
 from .data import CLASS_NAMES, CellImages
 
 # %% auto #0
-__all__ = ['wilson_interval', 'evaluate', 'class_table', 'score_table', 'plot_confusion', 'find_mistakes', 'plot_mistakes']
+__all__ = ['REPEATED', 'wilson_interval', 'evaluate', 'summarize_repeats', 'class_table', 'score_table', 'plot_confusion',
+           'find_mistakes', 'plot_mistakes']
 
 # %% ../nbs/06_evaluation.ipynb #a4e60420
 def _rates(table: np.ndarray) -> dict[str, np.ndarray]:
@@ -31,10 +32,11 @@ def _rates(table: np.ndarray) -> dict[str, np.ndarray]:
     return {name: np.where(true > 0, rate, np.nan) for name, rate in (("precision", precision), ("recall", recall), ("f1", f1))}
 
 def _scores(table: np.ndarray) -> dict[str, np.ndarray]:
-    "Accuracy, balanced accuracy and macro F1 of confusion matrices (..., k, k)."
+    "Accuracy, balanced accuracy (macro recall), macro precision and macro F1 of confusion matrices (..., k, k)."
     rates = _rates(table)
     return {"accuracy": np.diagonal(table, axis1=-2, axis2=-1).sum(-1) / table.sum((-2, -1)),
-            "balanced_accuracy": np.nanmean(rates["recall"], axis=-1), "macro_f1": np.nanmean(rates["f1"], axis=-1)}
+            "balanced_accuracy": np.nanmean(rates["recall"], axis=-1), "macro_precision": np.nanmean(rates["precision"], axis=-1),
+            "macro_f1": np.nanmean(rates["f1"], axis=-1)}
 
 def wilson_interval(hits: int, n: int) -> list[float]:
     """The 95 % score interval of a share `hits / n` (Wilson 1927, doi:10.1080/01621459.1927.10502953), [low, high] in 0..1."""
@@ -73,8 +75,8 @@ def evaluate(y_true: np.ndarray, y_prob: np.ndarray, class_names: Sequence[str] 
     Returns
     -------
     dict
-        `n`; `accuracy`, `balanced_accuracy`, `macro_f1`, each 0..1, the last two over the classes that `y_true` has;
-        `log_loss` in nats; `confidence_intervals` of the three scores as [low, high] (Wilson's for accuracy, bootstrap for the others);
+        `n`; `accuracy`, `balanced_accuracy` (the mean recall of the classes, which reports also call macro recall), `macro_precision`,
+        `macro_f1`, each 0..1, all but the first over the classes that `y_true` has; `log_loss` in nats; `confidence_intervals` of the scores as [low, high] (Wilson's for accuracy, bootstrap for the others);
         `per_class`: for each class that is there `n`, `precision`, `recall`, `f1`, `recall_interval`;
         `confusion`: counts, truth in rows.
 
@@ -95,6 +97,26 @@ def _per_class(table: np.ndarray, class_names: Sequence[str]) -> dict[str, dict]
     rates, there = _rates(table), np.flatnonzero(table.sum(1))
     return {class_names[c]: {"n": int(table[c].sum()), **{name: float(rate[c]) for name, rate in rates.items()},
                              "recall_interval": wilson_interval(int(table[c, c]), int(table[c].sum()))} for c in there}
+
+# %% ../nbs/06_evaluation.ipynb #6240308e
+REPEATED = ("accuracy", "macro_precision", "balanced_accuracy", "macro_f1")
+
+def summarize_repeats(metrics: Sequence[dict]) -> dict[str, dict]:
+    """Mean and scatter of what `evaluate` says of several trainings of one recipe.
+
+    Parameters
+    ----------
+    metrics : sequence of dict
+        One per training, on the same images.
+
+    Returns
+    -------
+    dict
+        For accuracy, macro precision, balanced accuracy (macro recall) and macro F1: `mean`, `std` (of the sample, with n - 1; 0 for a
+        single one) and the `values`.
+    """
+    values = {name: [one[name] for one in metrics] for name in REPEATED}
+    return {name: {"mean": float(np.mean(v)), "std": float(np.std(v, ddof=1)) if len(v) > 1 else 0.0, "values": v} for name, v in values.items()}
 
 # %% ../nbs/06_evaluation.ipynb #cf54de00
 def class_table(metrics: dict) -> pd.DataFrame:

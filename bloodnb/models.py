@@ -5,7 +5,9 @@
 # %% ../nbs/04_models.ipynb #3bb094bf
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,16 +17,18 @@ import numpy as np
 import pandas as pd
 
 from .data import CLASS_NAMES, unknown_name
+from .networks import NETWORKS, head_layers, parse_head, with_group_norm
 
 # %% auto #0
-__all__ = ['SCALES', 'BACKBONES', 'ImageNetScale', 'Backbone', 'find_backbone', 'backbone_table', 'build_backbone', 'classifier',
-           'feature_model', 'head_model', 'feature_extractor', 'image_features']
+__all__ = ['SCALES', 'BACKBONES', 'NORMALIZATIONS', 'PRECISIONS', 'ImageNetScale', 'Backbone', 'backbone_name', 'find_backbone',
+           'backbone_table', 'build_backbone', 'classifier', 'feature_model', 'head_model', 'feature_extractor',
+           'image_features']
 
 # %% ../nbs/04_models.ipynb #4069b25d
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's RGB, 0..1
 _BGR_MEAN = (103.939, 116.779, 123.68)  # 0..255
 
-SCALES = ("0..255", "-1..1", "mean/std", "BGR-mean")
+SCALES = ("0..255", "0..1", "-1..1", "mean/std", "BGR-mean")
 
 @keras.saving.register_keras_serializable(package="bloodnb")
 class ImageNetScale(keras.layers.Layer):
@@ -32,8 +36,8 @@ class ImageNetScale(keras.layers.Layer):
 
     Parameters
     ----------
-    scale : {"0..255", "-1..1", "mean/std", "BGR-mean"}
-        What `keras.applications.imagenet_utils.preprocess_input` calls no mode, `"tf"`, `"torch"` and `"caffe"`.
+    scale : {"0..255", "0..1", "-1..1", "mean/std", "BGR-mean"}
+        All but 0..1 are what `keras.applications.imagenet_utils.preprocess_input` calls no mode, `"tf"`, `"torch"` and `"caffe"`.
 
     Call arguments
     --------------
@@ -50,6 +54,8 @@ class ImageNetScale(keras.layers.Layer):
         x = keras.ops.cast(images, self.compute_dtype)
         if self.scale == "-1..1":
             return x / 127.5 - 1
+        if self.scale == "0..1":
+            return x / 255
         if self.scale == "mean/std":
             return (x / 255 - keras.ops.array(_MEAN, x.dtype)) / keras.ops.array(_STD, x.dtype)
         if self.scale == "BGR-mean":
@@ -65,12 +71,17 @@ class ImageNetScale(keras.layers.Layer):
 # %% ../nbs/04_models.ipynb #57ba70c2
 @dataclass(frozen=True)
 class Backbone:
-    """A row of `BACKBONES`: the `keras.applications` function, its input scale, smallest picture and further arguments."""
+    """A row of `BACKBONES`: the `keras.applications` function or key of `bloodnb.networks.NETWORKS`, its input scale, smallest picture and further arguments."""
 
     application: str
     scale: str
     min_size: int = 32
     options: dict = field(default_factory=dict)
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether Keras publishes ImageNet weights of it."""
+        return self.application not in NETWORKS
 
 BACKBONES: dict[str, Backbone] = {
     "MobileNet": Backbone("MobileNet", "-1..1"),
@@ -92,24 +103,45 @@ BACKBONES: dict[str, Backbone] = {
     "VGG19": Backbone("VGG19", "BGR-mean"),
     "ResNet50": Backbone("ResNet50", "BGR-mean"),
     "InceptionV3": Backbone("InceptionV3", "-1..1", min_size=75),
+    **{name: Backbone(name, "0..1") for name in NETWORKS},
 }
 
+def backbone_name(name: str) -> str:
+    """A backbone's name as it is written in `BACKBONES`, whatever its case; a network of the reports may carry its width, e.g. "UNet_0.25".
+
+    Raises
+    ------
+    ValueError
+        If there is none, with the nearest names.
+    """
+    folded = {key.lower(): key for key in BACKBONES}
+    text = str(name).lower()
+    sized = re.fullmatch(r"(.+)_(\d*\.?\d+)", text)
+    if text in folded:
+        return folded[text]
+    if sized and sized[1] in folded and folded[sized[1]] in NETWORKS and 0 < float(sized[2]) <= 16:
+        return f"{folded[sized[1]]}_{float(sized[2]):g}"
+    raise ValueError(unknown_name("backbone", name, BACKBONES))
+
 def find_backbone(name: str) -> Backbone:
-    """The row of `BACKBONES` with this name (case does not matter); ValueError with the nearest names if there is none."""
-    folded = {key.lower(): row for key, row in BACKBONES.items()}
-    if str(name).lower() not in folded:
-        raise ValueError(unknown_name("backbone", name, BACKBONES))
-    return folded[str(name).lower()]
+    """The row of `BACKBONES` with this name (see `backbone_name`); ValueError with the nearest names if there is none."""
+    name = backbone_name(name)
+    if name in BACKBONES:
+        return BACKBONES[name]
+    network, width = name.rsplit("_", 1)
+    return Backbone(network, BACKBONES[network].scale, options={"width": float(width)})
 
 # %% ../nbs/04_models.ipynb #3680924e
 def backbone_table() -> pd.DataFrame:
-    """`BACKBONES` as a table to look at: Keras application, input scale and smallest picture side (pixels) of each."""
-    rows = {name: {"keras.applications": row.application, "input scale": row.scale, "smallest side": row.min_size,
+    """`BACKBONES` as a table to look at: whether there are weights, input scale and smallest picture side (pixels) of each."""
+    rows = {name: {"ImageNet weights": "yes" if row.pretrained else "none", "input scale": row.scale, "smallest side": row.min_size,
                    **{key: value for key, value in row.options.items()}} for name, row in BACKBONES.items()}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("backbone").fillna("")
 
 # %% ../nbs/04_models.ipynb #1c88686a
 def _application(row: Backbone, weights: str | None, image_size: int) -> keras.Model:
+    if not row.pretrained:
+        return NETWORKS[row.application](image_size, row.options.get("width", 1.0))
     with warnings.catch_warnings():  # Keras warns that weights made at 224 pixels are used at another size: meant so
         warnings.filterwarnings("ignore", message=".*input_shape.*")
         make = getattr(keras.applications, row.application)
@@ -145,6 +177,8 @@ def build_backbone(name: str, weights: str | Path | None = "imagenet", image_siz
     if weights is None or str(weights).lower() == "none":
         return _application(row, None, image_size)
     if str(weights).lower() == "imagenet":
+        if not row.pretrained:
+            raise ValueError(f"nobody publishes weights of {name}, which the reports trained from random ones. Remedy: weights none, or a file of your own.")
         return _with_imagenet(name, row, image_size)
     return _with_file(name, _application(row, None, image_size) if Path(weights).is_file() else None, Path(weights))
 
@@ -172,12 +206,43 @@ def _with_file(name: str, backbone: keras.Model | None, path: Path, top: bool = 
     return backbone
 
 # %% ../nbs/04_models.ipynb #0a9acc77
+NORMALIZATIONS = ("frozen", "updated", "group")
+PRECISIONS = ("float32", "mixed_float16", "mixed_bfloat16")
+
+@contextlib.contextmanager
+def _precision(name: str):
+    "Build layers in a precision; afterwards Keras has its own again."
+    if name not in PRECISIONS:
+        raise ValueError(unknown_name("precision", name, PRECISIONS))
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(name)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
+
+def _trunk(backbone: str, weights, side: int, normalization: str) -> keras.Model:
+    if normalization not in NORMALIZATIONS:
+        raise ValueError(unknown_name("normalization", normalization, NORMALIZATIONS))
+    trunk = build_backbone(backbone, weights, side)
+    trunk = with_group_norm(trunk) if normalization == "group" else trunk
+    trunk.name = "backbone"
+    return trunk
+
+def _scale_of(backbone: str, scale: str) -> str:
+    return find_backbone(backbone).scale if scale == "auto" else scale
+
+# %% ../nbs/04_models.ipynb #9aec771e
 def classifier(
     backbone: str = "MobileNetV2",
     weights: str | Path | None = "imagenet",
     image_size: int = 96,
-    head: tuple[int, ...] = (),
+    head: str = "default",
     dropout_rate: float = 0.2,
+    input_size: int = 0,
+    normalization: str = "frozen",
+    scale: str = "auto",
+    precision: str = "float32",
     n_classes: int = len(CLASS_NAMES),
     seed: int = 0,
 ) -> keras.Model:
@@ -187,14 +252,20 @@ def classifier(
     ----------
     backbone, weights, image_size
         See `build_backbone`.
-    head : tuple of int
-        Units of dense ReLU layers between the pooled features and the output; empty for none.
+    head : str
+        See `bloodnb.networks.parse_head`.
     dropout_rate : float
-        Before each dense layer, 0 <= rate < 1.
-    n_classes : int
-        Number of probabilities.
-    seed : int
-        For the initial weights and the dropout.
+        Of the head's dropout layers, 0 <= rate < 1.
+    input_size : int
+        Side in pixels that pictures are enlarged to (bilinear) before the backbone sees them; 0 for `image_size`.
+    normalization : {"frozen", "updated", "group"}
+        "group" puts group in place of the backbone's batch normalisation; the others concern training and change nothing here.
+    scale : str
+        "auto" is the backbone's own. Others of `SCALES` are wrong, and there to show what that does.
+    precision : {"float32", "mixed_float16", "mixed_bfloat16"}
+        Of the arithmetic; the weights and the probabilities stay float32.
+    n_classes, seed : int
+        Number of probabilities; seed of the initial weights and the dropout.
 
     Returns
     -------
@@ -202,16 +273,16 @@ def classifier(
         Pictures (batch, image_size, image_size, 3), RGB, uint8 or float, 0..255, to probabilities float32 (batch, n_classes).
     """
     keras.utils.set_random_seed(seed)
-    trunk = build_backbone(backbone, weights, image_size)
-    trunk.name = "backbone"
-    images = keras.Input((image_size, image_size, 3), name="images")
-    x = trunk(ImageNetScale(find_backbone(backbone).scale, name="scale")(images))
-    x = keras.layers.GlobalAveragePooling2D(name="pool")(x)
-    for i, units in enumerate(head, 1):
-        x = keras.layers.Dropout(dropout_rate, seed=seed + i, name=f"head_dropout_{i}")(x)
-        x = keras.layers.Dense(units, activation="relu", name=f"head_dense_{i}")(x)
-    x = keras.layers.Dropout(dropout_rate, seed=seed, name="head_dropout")(x)
-    return keras.Model(images, keras.layers.Dense(n_classes, activation="softmax", dtype="float32", name="probabilities")(x), name="classifier")
+    with _precision(precision):
+        images = x = keras.Input((image_size, image_size, 3), name="images")
+        if input_size and input_size != image_size:
+            x = keras.layers.Resizing(input_size, input_size, name="resize")(x)
+        trunk = _trunk(backbone, weights, input_size or image_size, normalization)
+        x = trunk(ImageNetScale(_scale_of(backbone, scale), dtype="float32", name="scale")(x))
+        x = keras.layers.GlobalAveragePooling2D(name="pool")(x)
+        for layer in head_layers(parse_head(head), x.shape[-1], dropout_rate, seed):
+            x = layer(x)
+        return keras.Model(images, keras.layers.Dense(n_classes, activation="softmax", dtype="float32", name="probabilities")(x), name="classifier")
 
 # %% ../nbs/04_models.ipynb #ee9a2f71
 def feature_model(model: keras.Model) -> keras.Model:

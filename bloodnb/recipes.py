@@ -19,12 +19,16 @@ from .augmentation import ENGINES, check_augmentation
 from .balancing import check_balance
 from .cleaning import BACKGROUNDS, check_cleaning
 from .data import unknown_name
-from .models import BACKBONES, find_backbone
-from .training import LOSSES, OPTIMIZERS, SCHEDULES
+from .models import NORMALIZATIONS, PRECISIONS, SCALES, backbone_name, find_backbone
+from .networks import HEADS, parse_head
+from .optimizers import LOSSES, OPTIMIZERS, SCHEDULES
+from .reports import REPORTS
+from .training import MONITORS, TrainingPlan, best_epochs, check_plan, parse_unfreeze
 
 # %% auto #0
 __all__ = ['FROM_SCRATCH', 'RECIPES', 'TRAIN_PARAMETERS', 'CLEAN_PARAMETERS', 'CLEAN_CHOICES', 'Recipe', 'recipe_fields',
-           'resolve_recipe', 'check_references', 'choices_for', 'with_test_data', 'recipe_table']
+           'resolve_recipe', 'check_references', 'choices_for', 'on_all_data', 'training_plan', 'with_seed', 'seeds_of',
+           'with_test_data', 'list_recipes', 'recipe_table']
 
 # %% ../nbs/09_recipes.ipynb #2a7ce894
 def _number(kind: type, low: float, high: float, high_open: bool = False) -> Callable[[Any], Any]:
@@ -48,9 +52,8 @@ def _flag(value) -> bool:
         raise ValueError("wanted True or False")
     return value
 
-def _backbone(value) -> str:
-    row = find_backbone(value)
-    return next(name for name in BACKBONES if BACKBONES[name] is row)
+def _auto_or(word: str, rule: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda value: word if isinstance(value, str) and value.lower() == word else rule(value)
 
 def _weights(value) -> str:
     text = str(value)
@@ -60,22 +63,39 @@ def _weights(value) -> str:
         raise ValueError(f"wanted imagenet, none or the path of an .h5 file; there is no file {text} (paths count from {Path.cwd().name}/)")
     return text
 
-def _head(value) -> tuple[int, ...]:
-    units = [part for part in str(value).replace(" ", "").strip("()[],").split(",") if part]
-    if not all(unit.isdigit() and 1 <= int(unit) <= 8192 for unit in units):
-        raise ValueError('wanted units of dense layers such as 256 or "256,64", each 1 to 8192, or "" for none')
-    return tuple(int(unit) for unit in units)
+def _head(value) -> str:
+    return value if isinstance(value, str) and value in HEADS else parse_head(value)
 
-def _unfreeze(value) -> float:
-    share = _number(float, 0, 10_000)(value)
-    if share > 1 and share != int(share):
-        raise ValueError("wanted 0 to 1 (a share of the layers) or a whole number of last layers")
-    return share
+def _input_size(value) -> int:
+    return 0 if value == 0 else _number(int, 32, 1024)(value)
 
 # %% ../nbs/09_recipes.ipynb #31ea5f37
 @dataclass(frozen=True)
-class Recipe:
-    """Every choice of a training run.
+class _DataChoices:
+    "What becomes of the pictures before a model sees them; documented at `Recipe`."
+
+    cleaning: str = "standard"
+    background: str = "keep"
+    balance: str = "none"
+    val_fraction: float = 0.15
+    test_fraction: float = 0.15
+
+@dataclass(frozen=True)
+class _ModelChoices:
+    "How the model is built; documented at `Recipe`."
+
+    backbone: str = "MobileNetV2"
+    weights: str = "imagenet"
+    image_size: int = 96
+    input_size: int = 0
+    scale: str = "auto"
+    head: str = "default"
+    dropout_rate: float = 0.2
+    precision: str = "float32"
+
+@dataclass(frozen=True)
+class Recipe(TrainingPlan, _ModelChoices, _DataChoices):
+    """Every choice of a training run: what becomes of the pictures, how the model is built, and a `bloodnb.training.TrainingPlan`.
 
     Attributes
     ----------
@@ -87,52 +107,14 @@ class Recipe:
         Key of `bloodnb.balancing.BALANCES`: what is added to the training part so that rare classes count.
     val_fraction, test_fraction : float
         Fractions of the images kept for validation and test. With a test set of its own a run uses no `test_fraction`.
-    backbone, weights, image_size, head, dropout_rate
+    backbone, weights, image_size, input_size, scale, head, dropout_rate, precision
         See `bloodnb.models.classifier`.
-    head_epochs, head_learning_rate : int, float
-        First phase: the head alone.
-    epochs, learning_rate, unfreeze, batch_norm
-        Second phase: fine-tuning; see `bloodnb.training.train_classifier`.
-    optimizer, schedule, loss, label_smoothing, class_weight, batch_size, patience
-        Both phases.
-    augmentation, engine, replicates : str, str, int
-        How training pictures are altered; see `bloodnb.training.train_classifier`.
-    seed : int
-        Of split, initial weights, order of images and dropout.
 
     Raises
     ------
     ValueError
         If a value cannot be what its field means; the message names field, value and what was wanted.
     """
-
-    cleaning: str = "standard"
-    background: str = "keep"
-    balance: str = "none"
-    val_fraction: float = 0.15
-    test_fraction: float = 0.15
-    backbone: str = "MobileNetV2"
-    weights: str = "imagenet"
-    image_size: int = 96
-    head: tuple[int, ...] = ()
-    dropout_rate: float = 0.2
-    head_epochs: int = 20
-    head_learning_rate: float = 1e-3
-    epochs: int = 6
-    learning_rate: float = 3e-4
-    unfreeze: float = 0.5
-    batch_norm: bool = False
-    optimizer: str = "adam"
-    schedule: str = "cosine"
-    loss: str = "cross_entropy"
-    label_smoothing: float = 0.0
-    class_weight: bool = False
-    batch_size: int = 32
-    patience: int = 5
-    augmentation: str = "none"
-    engine: str = "bloodnb"
-    replicates: int = 2
-    seed: int = 0
 
     def __post_init__(self):
         for name, rule in _RULES.items():
@@ -142,42 +124,23 @@ class Recipe:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: {error}") from None
         if self.val_fraction + self.test_fraction >= 1:
             raise ValueError(f"val_fraction {self.val_fraction} and test_fraction {self.test_fraction} leave nothing to train on; wanted a sum below 1")
-        try:
-            check_augmentation(self.augmentation, self.engine)
-        except ValueError as error:
-            raise ValueError(f"augmentation is {self.augmentation!r}, engine {self.engine!r}: {error}") from None
-        if self.head_epochs == self.epochs == 0:
-            raise ValueError("head_epochs and epochs are both 0: nothing would be trained; wanted one of them above 0")
+        check_plan(self)
 
 # %% ../nbs/09_recipes.ipynb #600c3786
+_share, _epochs, _positive = _number(float, 0, 1, high_open=True), _number(int, 0, 10_000), _number(int, 1, 65_536)
+
 _RULES: dict[str, Callable[[Any], Any]] = {
-    "cleaning": check_cleaning,
-    "background": _one_of("background", BACKGROUNDS),
-    "balance": check_balance,
-    "val_fraction": _number(float, 0, 1, high_open=True),
-    "test_fraction": _number(float, 0, 1, high_open=True),
-    "backbone": _backbone,
-    "weights": _weights,
-    "image_size": _number(int, 32, 1024),
-    "head": _head,
-    "dropout_rate": _number(float, 0, 1, high_open=True),
-    "head_epochs": _number(int, 0, 10_000),
-    "head_learning_rate": _number(float, 0, 1e30),
-    "epochs": _number(int, 0, 10_000),
-    "learning_rate": _number(float, 0, 1e30),
-    "unfreeze": _unfreeze,
-    "batch_norm": _flag,
-    "optimizer": _one_of("optimizer", OPTIMIZERS),
-    "schedule": _one_of("schedule", SCHEDULES),
-    "loss": _one_of("loss", LOSSES),
-    "label_smoothing": _number(float, 0, 1, high_open=True),
-    "class_weight": _flag,
-    "batch_size": _number(int, 1, 65_536),
-    "patience": _number(int, 1, 10_000),
-    "augmentation": check_augmentation,
-    "engine": _one_of("engine", ENGINES),
-    "replicates": _number(int, 0, 1000),
-    "seed": _number(int, 0, 2**32 - 1),
+    "cleaning": check_cleaning, "background": _one_of("background", BACKGROUNDS), "balance": check_balance, "val_fraction": _share, "test_fraction": _share,
+    "backbone": backbone_name, "weights": _weights, "image_size": _number(int, 32, 1024), "input_size": _input_size,
+    "scale": _auto_or("auto", _one_of("scale", SCALES)), "head": _head, "dropout_rate": _share, "precision": _one_of("precision", PRECISIONS),
+    "head_epochs": _epochs, "head_learning_rate": _number(float, 0, 1e30), "head_batch_size": _number(int, 0, 65_536),
+    "epochs": _epochs, "learning_rate": _number(float, 0, 1e30), "batch_size": _positive,
+    "unfreeze": parse_unfreeze, "normalization": _one_of("normalization", NORMALIZATIONS),
+    "optimizer": _one_of("optimizer", OPTIMIZERS), "weight_decay": _auto_or("auto", _number(float, 0, 1e30)), "schedule": _one_of("schedule", SCHEDULES),
+    "warmup_epochs": _epochs, "ema": _share, "loss": _one_of("loss", LOSSES), "label_smoothing": _share, "class_weight": _flag,
+    "monitor": _one_of("monitor", MONITORS), "patience": _number(int, 1, 10_000),
+    "augmentation": check_augmentation, "engine": _one_of("engine", ENGINES), "replicates": _number(int, 0, 1000),
+    "jit_compile": _auto_or("auto", _flag), "seed": _number(int, 0, 2**32 - 1),
 }
 
 def recipe_fields() -> tuple[str, ...]:
@@ -186,7 +149,7 @@ def recipe_fields() -> tuple[str, ...]:
 
 # %% ../nbs/09_recipes.ipynb #c79a39f7
 FROM_SCRATCH: dict[str, Any] = {
-    "head_epochs": 0, "unfreeze": 1.0, "batch_norm": True, "learning_rate": 1e-3, "epochs": 30, "patience": 8,
+    "head_epochs": 0, "unfreeze": 1.0, "normalization": "updated", "learning_rate": 1e-3, "epochs": 30, "patience": 8,
 }
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -194,6 +157,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "scratch": {"weights": "none", **FROM_SCRATCH},
     "robust": {"augmentation": "robust", "epochs": 12},
     "demo": {"weights": "none", **FROM_SCRATCH, "backbone": "MobileNet_0.25", "image_size": 64, "epochs": 12, "learning_rate": 1e-2},
+    **{name: row.choices for name, row in REPORTS.items()},
 }
 
 def resolve_recipe(name: str | None = None, **choices: Any) -> Recipe:
@@ -220,12 +184,14 @@ def resolve_recipe(name: str | None = None, **choices: Any) -> Recipe:
             raise ValueError(unknown_name("parameter", field, recipe_fields()))
     chosen = {field: value for field, value in choices.items() if value is not None}
     merged = {**RECIPES[named], **chosen}
+    if "weights" not in merged and not find_backbone(merged.get("backbone", Recipe.backbone)).pretrained:
+        merged["weights"] = "none"  # there are no others
     scratch = FROM_SCRATCH if str(merged.get("weights", Recipe.weights)).lower() == "none" else {}
     return Recipe(**{**scratch, **merged})
 
 # %% ../nbs/09_recipes.ipynb #2405ca01
 # What the jobs take beside the choices of a recipe, and which of those the cleaning job takes.
-TRAIN_PARAMETERS = ("data", "test_data", "blacklist", "output", "overwrite", "recipe")
+TRAIN_PARAMETERS = ("data", "test_data", "blacklist", "output", "overwrite", "recipe", "repeats", "epochs_from", "cache")
 CLEAN_PARAMETERS = ("data", "output", "overwrite", "references", "layer", "similarity")
 CLEAN_CHOICES = ("seed", "image_size", "cleaning", "backbone", "weights")
 
@@ -250,6 +216,38 @@ def choices_for(function: Callable, recipe: Recipe) -> dict[str, Any]:
     """The choices of a recipe that a function takes as arguments of the same name."""
     return {name: getattr(recipe, name) for name in inspect.signature(function).parameters if name in recipe_fields()}
 
+def on_all_data(recipe: Recipe, history: pd.DataFrame) -> tuple[Recipe, tuple[int, int]]:
+    """A last training on all data: the recipe without validation images, and the epochs after which its phases stop.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    history : DataFrame
+        Of an earlier run of the same recipe, which had validation images.
+
+    Raises
+    ------
+    ValueError
+        If the history cannot say which epoch was best, or has more epochs than the recipe.
+    """
+    stop_after = best_epochs(history, recipe.monitor)
+    check_plan(recipe, stop_after)
+    return dataclasses.replace(recipe, val_fraction=0.0), stop_after
+
+def training_plan(recipe: Recipe) -> TrainingPlan:
+    """The part of a recipe that training takes."""
+    return TrainingPlan(**choices_for(TrainingPlan, recipe))
+
+def with_seed(recipe: Recipe, seed: int) -> Recipe:
+    """The same recipe with another seed."""
+    return dataclasses.replace(recipe, seed=seed)
+
+def seeds_of(recipe: Recipe, repeats: Any) -> list[int]:
+    """The seeds of so many trainings, from the recipe's on; ValueError if `repeats` is no whole number from 1 to 1000."""
+    if isinstance(repeats, bool) or not isinstance(repeats, int) or not 1 <= repeats <= 1000:
+        raise ValueError(f"repeats is {repeats!r}; wanted a whole number, 1 to 1000.")
+    return [recipe.seed + i for i in range(repeats)]
+
 def with_test_data(recipe: Recipe, test_data: Any) -> Recipe:
     """The recipe of a run that has (or, with None, has not) a test set of its own: if so, nothing is kept back for a test.
 
@@ -265,8 +263,33 @@ def with_test_data(recipe: Recipe, test_data: Any) -> Recipe:
     return recipe
 
 # %% ../nbs/09_recipes.ipynb #fe7c9024
-def recipe_table(recipes: Mapping[str, Recipe] | None = None) -> pd.DataFrame:
-    """Recipes by name side by side, the default first; a row per choice in which they differ. By default all named recipes."""
-    shown = {name: resolve_recipe(name) for name in RECIPES} if recipes is None else {"default": Recipe(), **recipes}
+_LISTED = ("backbone", "head", "unfreeze", "optimizer", "head_epochs", "head_learning_rate", "epochs", "learning_rate", "batch_size", "balance", "augmentation")
+
+def list_recipes(report: str | None = None) -> pd.DataFrame:
+    """The named recipes with their main choices, and what the report that they come from gives as accuracy.
+
+    Parameters
+    ----------
+    report : str, optional
+        Only those of one team, e.g. "DeepDrive".
+
+    Returns
+    -------
+    DataFrame
+        A row per recipe. "reported" says of which pictures a number is, e.g. "test 0.992" (see `bloodnb.reports.ReportRow`).
+    """
+    rows = {}
+    for name in RECIPES:
+        row, recipe = REPORTS.get(name), resolve_recipe(name)
+        said = "; ".join(f"{key} {value:.4g}" for key, value in row.reported.items()) if row else ""
+        rows[name] = {"report": row.report if row else "bloodnb", **{field: getattr(recipe, field) for field in _LISTED}, "reported": said}
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("recipe")
+    if report is not None and report not in set(table["report"]):
+        raise ValueError(unknown_name("report", report, sorted(set(table["report"]))))
+    return table if report is None else table[table["report"] == report]
+
+def recipe_table(recipes: Mapping[str, Recipe]) -> pd.DataFrame:
+    """The default recipe and others by name side by side; a row per choice in which they differ."""
+    shown = {"default": Recipe(), **recipes}
     table = pd.DataFrame({name: {field: getattr(recipe, field) for field in recipe_fields()} for name, recipe in shown.items()}, dtype=object)
     return table[[len({str(value) for value in row}) > 1 for row in table.to_numpy()]].rename_axis("choice")

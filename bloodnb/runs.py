@@ -34,9 +34,9 @@ import bloodnb
 from .data import CellImages, find_source, unknown_name
 
 # %% auto #0
-__all__ = ['library_versions', 'git_revision', 'device_name', 'peak_memory', 'Run', 'start_run', 'file_sha256', 'default_output',
-           'split_table', 'write_predictions', 'save_figure', 'finish_run', 'show_folder', 'check_parameters',
-           'executed_notebook', 'notice']
+__all__ = ['library_versions', 'git_revision', 'device_name', 'peak_memory', 'Run', 'start_run', 'read_history', 'file_sha256',
+           'default_output', 'split_table', 'write_predictions', 'save_figure', 'finish_run', 'show_folder',
+           'check_parameters', 'executed_notebook', 'notice']
 
 # %% ../nbs/10_runs.ipynb #dee4f21c
 _PACKAGES = ("bloodnb", "keras", "tensorflow", "torch", "jax", "numpy", "scikit-learn", "opencv-python-headless", "pillow", "pandas", "papermill")
@@ -139,10 +139,14 @@ class Run:
         Seconds that each stage took.
     began : float
         `time.perf_counter()` at the start.
+    checkpoints : Path
+        Folder beside the output, `NAME.checkpoint`, for what lets a killed run go on. It outlives a run that is broken off, and goes with
+        `finish_run`.
     """
 
     def __init__(self, output: Path, folder: Path):
         self.output, self.folder = output, folder
+        self.checkpoints = output.parent / f"{output.name}.checkpoint"
         self.began, self.stages = time.perf_counter(), {}
         self.items: dict[str, Any] = {"started": _now(), "library_versions": library_versions(), "git_revision": git_revision()}
         atexit.register(self.abandon)
@@ -207,6 +211,21 @@ def start_run(output: str | Path, overwrite: bool = False) -> Run:
     partial = output.parent / f"{output.name}.partial-{os.getpid()}"
     _check_output(output, partial, overwrite)
     return Run(output, partial)
+
+# %% ../nbs/10_runs.ipynb #24a124cf
+def read_history(folder: str | Path) -> pd.DataFrame:
+    """`history.csv` of a finished run.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder is no finished run.
+    """
+    path = Path(folder) / "history.csv"
+    if not path.is_file() or not (Path(folder) / "metrics.json").is_file():
+        beside = sorted(p.parent.name for p in Path(folder).parent.glob("*/metrics.json")) if Path(folder).parent.is_dir() else []
+        raise FileNotFoundError(f"{folder} is no finished training run (it has no metrics.json and history.csv). Wanted the folder of one; beside it are {beside or 'none'}.")
+    return pd.read_csv(path)
 
 # %% ../nbs/10_runs.ipynb #43a7b17e
 def file_sha256(path: str | Path) -> str | None:
@@ -278,6 +297,7 @@ def finish_run(run: Run, metrics: dict, notebook: str | Path | None = None) -> P
     _write_json(run.path("run.json"), run.items)
     _write_json(run.path("metrics.json"), metrics)
     _replace(run.folder, run.output)
+    shutil.rmtree(run.checkpoints, ignore_errors=True)
     return run.output
 
 def _replace(folder: Path, output: Path) -> None:

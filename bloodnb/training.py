@@ -6,7 +6,10 @@
 from __future__ import annotations
 
 import html
+import re
 import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import keras
 import matplotlib.pyplot as plt
@@ -14,13 +17,16 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .augmentation import Augmenter, check_augmentation, find_pipeline, keras_cv_dataset, one_hot
+from . import __version__
+from .augmentation import Augmenter, check_augmentation, find_pipeline, keras_cv_dataset, one_hot, to_dict
+from .checkpoints import Checkpoint, cached_array, fingerprint, model_fingerprint, restore
 from .data import CellImages, unknown_name
-from .models import feature_model, head_model
+from .models import NORMALIZATIONS, feature_model, head_model
+from .optimizers import LOSSES, build_optimizer, plateau_callback
 
 # %% auto #0
-__all__ = ['LOSSES', 'OPTIMIZERS', 'SCHEDULES', 'set_seed', 'Batches', 'KerasCVBatches', 'set_trainable', 'class_weights',
-           'EpochTable', 'StopOnNaN', 'predict', 'train_classifier', 'plot_history']
+__all__ = ['MONITORS', 'set_seed', 'Batches', 'KerasCVBatches', 'parse_unfreeze', 'set_trainable', 'class_weights', 'EpochTable',
+           'StopOnNaN', 'predict', 'TrainingPlan', 'check_plan', 'train_classifier', 'best_epochs', 'plot_history']
 
 # %% ../nbs/05_training.ipynb #ed4550c4
 def set_seed(seed: int) -> None:
@@ -78,6 +84,11 @@ class Batches(keras.utils.PyDataset):
         self.epoch += 1
         self._shuffle()
 
+    def go_to(self, epoch: int) -> None:
+        """Serve the batches of an epoch, counted from 0, whatever came before."""
+        self.epoch = epoch
+        self._shuffle()
+
 # %% ../nbs/05_training.ipynb #497e3f74
 class KerasCVBatches(keras.utils.PyDataset):
     """Batches of a training set altered by KerasCV's layers (TensorFlow only): see `bloodnb.augmentation.keras_cv_dataset`.
@@ -98,42 +109,99 @@ class KerasCVBatches(keras.utils.PyDataset):
     def __len__(self):
         return self.steps
 
+    def go_to(self, epoch: int) -> None:
+        """Nothing: a stream cannot be set to an epoch, so a run with KerasCV's layers that goes on does not repeat."""
+
     def __getitem__(self, i):
         images, labels = next(self.stream)
         return (images, labels) if self.class_weight is None else (images, labels, (labels @ self.class_weight).astype(np.float32))
 
 # %% ../nbs/05_training.ipynb #108b691e
-def set_trainable(model: keras.Model, unfreeze: float = 0.0, batch_norm: bool = False) -> int:
+_COUNTED = re.compile(r"(last|after layer|after conv) (\d+)")
+
+def parse_unfreeze(value) -> float | str:
+    """Which of a backbone's layers learn, as a recipe or a command line says it.
+
+    Parameters
+    ----------
+    value : float, int or str
+        0 for none; a share of the layers with weights, up to 1 for all; from 2 on the last so many of them. Or as the reports count:
+        "last 40", the last of all layers in Keras' list; "after layer 220", all but the first so many; "after conv 120", those after
+        the so manieth Conv2D or DepthwiseConv2D.
+
+    Returns
+    -------
+    float or str
+
+    Raises
+    ------
+    ValueError
+        If it is none of these.
+    """
+    if isinstance(value, str) and _COUNTED.fullmatch(value.strip()):
+        return value.strip()
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 10_000 or (value > 1 and value != int(value)):
+        raise ValueError('wanted 0 to 1 (a share of the layers), a whole number of last layers, "last 40", "after layer 220" or "after conv 120"')
+    return float(value)
+
+def _learning_layers(backbone: keras.Model, unfreeze: float | str) -> list:
+    "The layers of a backbone, in Keras' order, that `unfreeze` lets go."
+    counted = _COUNTED.fullmatch(unfreeze) if isinstance(unfreeze, str) else None
+    if counted is None:
+        layers = [layer for layer in backbone.layers if layer.weights]
+        n = round(unfreeze * len(layers)) if unfreeze <= 1 else min(int(unfreeze), len(layers))
+        return layers[len(layers) - n :]
+    kind, n, layers = counted[1], int(counted[2]), backbone.layers
+    convolutions = [i for i, layer in enumerate(layers) if isinstance(layer, (keras.layers.Conv2D, keras.layers.DepthwiseConv2D))]
+    most = len(convolutions) if kind == "after conv" else len(layers)
+    if n > most:
+        raise ValueError(f"unfreeze is {unfreeze!r}; this backbone has {most} {'convolutions' if kind == 'after conv' else 'layers'}. Wanted at most so many.")
+    if kind == "last":
+        return layers[len(layers) - n :]
+    first = n if kind == "after layer" else convolutions[n - 1] + 1 if n else 0
+    return layers[first:]
+
+# %% ../nbs/05_training.ipynb #146e9cf0
+def set_trainable(model: keras.Model, unfreeze: float | str = 0.0, normalization: str = "frozen") -> int:
     """Choose which layers of a classifier's backbone learn; the head always does.
 
     Parameters
     ----------
     model : keras.Model
         From `bloodnb.models.classifier`.
-    unfreeze : float
-        0 for none, a share of the backbone's layers with weights up to 1 for all, or a whole number above 1 for the last so many.
-    batch_norm : bool
-        Whether BatchNormalization layers among them learn too.
+    unfreeze : float or str
+        See `parse_unfreeze`.
+    normalization : {"frozen", "updated", "group"}
+        Whether BatchNormalization layers among them learn, and their statistics move: only with "updated".
 
     Returns
     -------
     int
         Number of the backbone's layers that learn.
+
+    Raises
+    ------
+    ValueError
+        If a choice is unknown, or more layers are named than there are.
     """
-    if unfreeze < 0 or (unfreeze > 1 and unfreeze != int(unfreeze)):
-        raise ValueError(f"unfreeze is {unfreeze}; wanted 0..1 (a share of the layers) or a whole number of last layers.")
+    if normalization not in NORMALIZATIONS:
+        raise ValueError(unknown_name("normalization", normalization, NORMALIZATIONS))
     backbone = model.get_layer("backbone")
+    try:
+        learning = _learning_layers(backbone, parse_unfreeze(unfreeze))
+    except ValueError as error:
+        raise ValueError(str(error) if str(error).startswith("unfreeze") else f"unfreeze is {unfreeze!r}: {error}") from None
     # One by one: Keras passes a model's `trainable` on to its layers only when the model's own value changes.
     for layer in backbone._flatten_layers():
         layer.trainable = True
-    layers = [layer for layer in backbone.layers if layer.weights]
-    n = round(unfreeze * len(layers)) if unfreeze <= 1 else min(int(unfreeze), len(layers))
-    for layer in layers[: len(layers) - n]:
-        layer.trainable = False
-    for layer in backbone._flatten_layers():
-        if isinstance(layer, keras.layers.BatchNormalization) and not batch_norm:
+    at_rest = {id(layer) for layer in backbone.layers} - {id(layer) for layer in learning}
+    for layer in backbone.layers:
+        if id(layer) in at_rest:
             layer.trainable = False
-    return sum(bool(layer.trainable_weights) for layer in layers)
+    for layer in backbone._flatten_layers():
+        if isinstance(layer, keras.layers.BatchNormalization) and normalization != "updated":
+            layer.trainable = False
+    return sum(bool(layer.trainable_weights) for layer in learning)
 
 # %% ../nbs/05_training.ipynb #353104ee
 def _fit_momentum(model: keras.Model, steps: int) -> None:
@@ -143,28 +211,6 @@ def _fit_momentum(model: keras.Model, steps: int) -> None:
             layer.momentum = min(layer.momentum, 1 - 1 / max(2, steps / 4))
 
 # %% ../nbs/05_training.ipynb #4fb77eaf
-LOSSES = {
-    "cross_entropy": keras.losses.CategoricalCrossentropy,
-    "focal": keras.losses.CategoricalFocalCrossentropy,
-}
-OPTIMIZERS = {
-    "adam": keras.optimizers.Adam,
-    "adamw": keras.optimizers.AdamW,
-    "lion": keras.optimizers.Lion,
-    "nadam": keras.optimizers.Nadam,
-    "rmsprop": keras.optimizers.RMSprop,
-    "sgd": keras.optimizers.SGD,
-}
-SCHEDULES = {
-    "constant": lambda learning_rate, steps: learning_rate,
-    "cosine": lambda learning_rate, steps: keras.optimizers.schedules.CosineDecay(learning_rate, steps),
-}
-
-def _choose(kind: str, name: str, table: dict):
-    if name not in table:
-        raise ValueError(unknown_name(kind, name, table))
-    return table[name]
-
 def class_weights(labels: np.ndarray, n_classes: int = 8) -> np.ndarray:
     """Weights that let every class count alike: n / (number of classes present * images of the class), float (n_classes,), 0 if absent.
 
@@ -293,68 +339,218 @@ def predict(model: keras.Model, images: np.ndarray, batch_size: int = 128) -> np
     batches = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
     return np.concatenate([keras.ops.convert_to_numpy(model.predict_on_batch(batch)) for batch in batches]).astype(np.float32)
 
-def _fit(model, train, val, *, epochs, learning_rate, optimizer, schedule, loss, label_smoothing, patience, table, phase):
-    "Compile and fit one phase; early stopping brings back the best epoch's weights."
-    rate = _choose("schedule", schedule, SCHEDULES)(learning_rate, epochs * len(train))
-    model.compile(_choose("optimizer", optimizer, OPTIMIZERS)(rate), _choose("loss", loss, LOSSES)(label_smoothing=label_smoothing), metrics=["accuracy"])
-    monitor = "loss" if val is None else "val_loss"
-    stop = keras.callbacks.EarlyStopping(monitor, patience=patience, restore_best_weights=True)
-    table.phase = phase
-    model.fit(train, validation_data=val, epochs=epochs, verbose=0, shuffle=False, callbacks=[StopOnNaN(), stop, table])
-    return f"{phase}: best {monitor} {stop.best:.4f} in epoch {stop.best_epoch + 1}"
-
 # %% ../nbs/05_training.ipynb #d9b162f6
-_REPLICATES = 1_000_000  # where the numbers of the copies begin
+@dataclass(frozen=True)
+class TrainingPlan:
+    """The choices of a training in two phases: first the head on a resting backbone, then the backbone's last layers too.
 
-def _head_batches(trunk, replicates, train, pipeline, engine, batch_size, seed, class_weight) -> Batches:
-    "Features of the training pictures, and of altered copies of each, with their labels."
-    n_classes, copies = len(train.class_names), 0 if pipeline == "none" else replicates
-    features, labels = [predict(trunk, train.images)], [one_hot(train.labels, n_classes)]
-    if copies and engine == "keras_cv":
-        stream = KerasCVBatches(train, pipeline, seed=seed)
-        altered = (stream[0] for _ in range(copies * len(stream)))
-    else:
-        made = Augmenter(train.images, train.labels, find_pipeline(pipeline, seed), train.index, n_classes)
-        parts = np.array_split(np.arange(len(train)), -(-len(train) // 128))
-        altered = (made(at, _REPLICATES + copy) for copy in range(copies) for at in parts)
-    for images, shares in altered:
-        features.append(predict(trunk, images))
-        labels.append(shares)
-    return Batches(np.concatenate(features), np.concatenate(labels), n_classes, batch_size, seed, class_weight)
+    Attributes
+    ----------
+    head_epochs, epochs : int
+        Most epochs of the first and of the second phase; 0 leaves a phase out.
+    head_learning_rate, learning_rate : float
+        Of the first and of the second phase.
+    head_batch_size, batch_size : int
+        Images a step; 0 for the first phase means the second one's.
+    unfreeze, normalization
+        Which layers of the backbone learn in the second phase; see `set_trainable`.
+    optimizer, schedule, warmup_epochs, weight_decay, ema
+        See `bloodnb.optimizers.build_optimizer`.
+    loss : str
+        Key of `bloodnb.optimizers.LOSSES`.
+    label_smoothing : float
+        0 <= share < 1 of each label given to all classes alike.
+    class_weight : bool
+        Whether images count inversely to the size of their class (`class_weights`).
+    monitor, patience : str, int
+        "val_loss" or "val_accuracy", and epochs without a better one before a phase ends; each phase goes back to its best epoch.
+    augmentation, engine : str
+        See `bloodnb.augmentation.find_pipeline`: how pictures are altered, in the second phase anew in each epoch; "bloodnb" or "keras_cv".
+    replicates : int
+        With augmentation: from how many altered copies of each picture, beside itself, the head learns in the first phase.
+    jit_compile : bool or "auto"
+        Whether the step is compiled by XLA; "auto" leaves it to Keras.
+    seed : int
+        For everything random.
+    """
 
-def _image_batches(train, pipeline, engine, batch_size, seed, class_weight) -> Batches | KerasCVBatches:
-    "The training pictures themselves, altered anew in each epoch."
-    if pipeline != "none" and engine == "keras_cv":
-        return KerasCVBatches(train, pipeline, batch_size, seed, class_weight)
-    n_classes = len(train.class_names)
-    made = None if pipeline == "none" else Augmenter(train.images, train.labels, find_pipeline(pipeline, seed), train.index, n_classes)
-    return Batches(train.images, train.labels, n_classes, batch_size, seed, class_weight, made)
+    head_epochs: int = 20
+    head_learning_rate: float = 1e-3
+    head_batch_size: int = 0
+    epochs: int = 6
+    learning_rate: float = 3e-4
+    batch_size: int = 32
+    unfreeze: float | str = 0.5
+    normalization: str = "frozen"
+    optimizer: str = "adam"
+    weight_decay: float | str = "auto"
+    schedule: str = "cosine"
+    warmup_epochs: int = 0
+    ema: float = 0.0
+    loss: str = "cross_entropy"
+    label_smoothing: float = 0.0
+    class_weight: bool = False
+    monitor: str = "val_loss"
+    patience: int = 5
+    augmentation: str = "none"
+    engine: str = "bloodnb"
+    replicates: int = 2
+    jit_compile: bool | str = "auto"
+    seed: int = 0
 
 # %% ../nbs/05_training.ipynb #4abd93a4
-def train_classifier(
-    model: keras.Model,
-    train: CellImages,
-    val: CellImages | None,
-    *,
-    head_epochs: int = 20,
-    head_learning_rate: float = 1e-3,
-    epochs: int = 6,
-    learning_rate: float = 3e-4,
-    unfreeze: float = 0.5,
-    batch_norm: bool = False,
-    optimizer: str = "adam",
-    schedule: str = "cosine",
-    loss: str = "cross_entropy",
-    label_smoothing: float = 0.0,
-    class_weight: bool = False,
-    batch_size: int = 32,
-    patience: int = 5,
-    augmentation: str = "none",
-    engine: str = "bloodnb",
-    replicates: int = 2,
-    seed: int = 0,
-    verbose: bool = True,
-) -> pd.DataFrame:
+MONITORS = ("val_loss", "val_accuracy")
+
+@dataclass(frozen=True)
+class _Phase:
+    "One of the two: its name, planned epochs (for the schedule), the epoch that it ends after at the latest, learning rate and batch size."
+
+    name: str
+    epochs: int
+    last: int
+    learning_rate: float
+    batch_size: int
+
+def _phases(plan: TrainingPlan, stop_after: tuple[int, int] | None) -> list[_Phase]:
+    "The phases that have epochs; ValueError if there are none, or a name is unknown."
+    if plan.head_epochs <= 0 and plan.epochs <= 0:
+        raise ValueError(f"head_epochs={plan.head_epochs}, epochs={plan.epochs}: nothing to train; wanted at least one of them above 0.")
+    for kind, name, table in (("loss", plan.loss, LOSSES), ("monitor", plan.monitor, MONITORS)):
+        if name not in table:
+            raise ValueError(unknown_name(kind, name, table))
+    try:
+        check_augmentation(plan.augmentation, plan.engine)
+    except ValueError as error:
+        raise ValueError(f"augmentation is {plan.augmentation!r}, engine {plan.engine!r}: {error}") from None
+    last = stop_after or (plan.head_epochs, plan.epochs)
+    phases = [_Phase("head", plan.head_epochs, last[0], plan.head_learning_rate, plan.head_batch_size or plan.batch_size),
+              _Phase("fine-tune", plan.epochs, last[1], plan.learning_rate, plan.batch_size)]
+    for phase in phases:
+        if phase.last > phase.epochs:
+            raise ValueError(f"stop_after is {stop_after}; the {phase.name} phase has {phase.epochs} epochs. Wanted at most as many.")
+    return [phase for phase in phases if phase.last > 0]
+
+# %% ../nbs/05_training.ipynb #ca9cf584
+def check_plan(plan: TrainingPlan, stop_after: tuple[int, int] | None = None) -> None:
+    """Refuse a plan that could not be carried out, before anything is read or built.
+
+    Raises
+    ------
+    ValueError
+        If there is nothing to train, a name is unknown, or choices do not go together.
+    """
+    for phase in _phases(plan, stop_after):
+        build_optimizer(plan.optimizer, phase.learning_rate, schedule=plan.schedule, epochs=phase.epochs, warmup_epochs=plan.warmup_epochs,
+                        weight_decay=plan.weight_decay, ema=plan.ema)
+
+# %% ../nbs/05_training.ipynb #8b06d6a8
+def _compile(model, phase: _Phase, plan: TrainingPlan, steps: int) -> None:
+    optimizer = build_optimizer(plan.optimizer, phase.learning_rate, schedule=plan.schedule, steps_per_epoch=steps, epochs=phase.epochs,
+                                warmup_epochs=plan.warmup_epochs, weight_decay=plan.weight_decay, ema=plan.ema)
+    if any(layer.compute_dtype == "float16" for layer in model._flatten_layers()):
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)  # small gradients would be 0 in half precision
+    model.compile(optimizer, LOSSES[plan.loss](label_smoothing=plan.label_smoothing), metrics=["accuracy"], jit_compile=plan.jit_compile, auto_scale_loss=False)
+
+def _callbacks(plan: TrainingPlan, validated: bool, table: EpochTable, saver: Checkpoint | None) -> tuple[list, keras.callbacks.EarlyStopping]:
+    "Those of one phase, in the order in which an epoch's end has to reach them, and the one among them that watches."
+    monitor = plan.monitor if validated else plan.monitor.removeprefix("val_")
+    stop = keras.callbacks.EarlyStopping(monitor, patience=plan.patience if validated else 10**9, restore_best_weights=validated, mode="max" if "accuracy" in monitor else "min")
+    averaged = [keras.callbacks.SwapEMAWeights(swap_on_epoch=True)] if plan.ema else []
+    falling = [plateau_callback("val_loss" if validated else "loss")] if plan.schedule == "plateau" else []
+    remembering = [*averaged, stop, *falling]
+    if saver is not None:
+        saver.others, saver.rows = remembering, table.rows
+    return [StopOnNaN(), *averaged, stop, table, *falling, *([saver] if saver is not None else [])], stop
+
+# %% ../nbs/05_training.ipynb #5f116232
+def _fit(model, train, val, phase: _Phase, plan: TrainingPlan, table: EpochTable, saver: Checkpoint | None) -> str:
+    "Compile and fit one phase, from where a checkpoint stands; says how it went."
+    _compile(model, phase, plan, len(train))
+    callbacks, stop = _callbacks(plan, val is not None, table, saver)
+    table.phase = phase.name
+    state = saver and saver.found(phase.name)
+    if state and (state.ended or state.epoch >= phase.last):
+        restore(state, model, [stop])
+        if val is not None:
+            model.set_weights(stop.best_weights)
+    else:
+        if saver is not None:
+            saver.phase = phase.name
+        train.go_to(state.epoch if state else 0)
+        model.fit(train, validation_data=val, epochs=phase.last, initial_epoch=state.epoch if state else 0, verbose=0, shuffle=False, callbacks=callbacks)
+    return f"{phase.name}: best {stop.monitor} {stop.best:.4f} in epoch {stop.best_epoch + 1}" if val is not None else f"{phase.name}: {phase.last} epochs"
+
+# %% ../nbs/05_training.ipynb #5a097032
+_REPLICATES = 1_000_000  # where the numbers of the copies begin
+
+class _Features:
+    "What a resting backbone makes of pictures, from the cache where it was made before; each copy of a set is a file of its own, so a killed run keeps those done."
+
+    def __init__(self, trunk: keras.Model, cache: Path | None):
+        self.trunk, self.cache = trunk, cache
+        self.key = model_fingerprint(trunk) if cache is not None else ""
+
+    def of(self, images: np.ndarray) -> np.ndarray:
+        key = fingerprint(self.key, images) if self.cache is not None else ""
+        return cached_array(self.cache, key, lambda: predict(self.trunk, images))
+
+    def of_altered(self, train, pipeline: str, seed: int, copy: int) -> tuple[np.ndarray, np.ndarray]:
+        "Features and labels of one altered copy of a training set."
+        n_classes, altering = len(train.class_names), find_pipeline(pipeline, seed)
+        made = Augmenter(train.images, train.labels, altering, train.index, n_classes)
+
+        def both():
+            parts = [made(at, _REPLICATES + copy) for at in np.array_split(np.arange(len(train)), -(-len(train) // 128))]
+            return np.concatenate([np.hstack([predict(self.trunk, images), labels]) for images, labels in parts])
+
+        key = fingerprint(self.key, train.images, train.labels, train.index, to_dict(altering), seed, copy) if self.cache is not None else ""
+        joined = cached_array(self.cache, key, both)
+        return joined[:, :-n_classes], joined[:, -n_classes:]
+
+# %% ../nbs/05_training.ipynb #85bab997
+def _head_batches(features: _Features, train, plan: TrainingPlan, batch_size: int, class_weight) -> Batches:
+    "Features of the training pictures, and of altered copies of each, with their labels."
+    n_classes, copies = len(train.class_names), 0 if plan.augmentation == "none" else plan.replicates
+    pairs = [(features.of(train.images), one_hot(train.labels, n_classes))]
+    if copies and plan.engine == "keras_cv":  # what KerasCV makes does not repeat, so there is nothing to keep
+        stream = KerasCVBatches(train, plan.augmentation, seed=plan.seed)
+        pairs += [(predict(features.trunk, images), labels) for images, labels in (stream[0] for _ in range(copies * len(stream)))]
+    else:
+        pairs += [features.of_altered(train, plan.augmentation, plan.seed, copy) for copy in range(copies)]
+    x, labels = (np.concatenate(column) for column in zip(*pairs))
+    return Batches(x, labels, n_classes, batch_size, plan.seed, class_weight)
+
+def _image_batches(train, plan: TrainingPlan, batch_size: int, class_weight) -> Batches | KerasCVBatches:
+    "The training pictures themselves, altered anew in each epoch."
+    if plan.augmentation != "none" and plan.engine == "keras_cv":
+        return KerasCVBatches(train, plan.augmentation, batch_size, plan.seed, class_weight)
+    n_classes = len(train.class_names)
+    made = None if plan.augmentation == "none" else Augmenter(train.images, train.labels, find_pipeline(plan.augmentation, plan.seed), train.index, n_classes)
+    return Batches(train.images, train.labels, n_classes, batch_size, plan.seed, class_weight, made)
+
+# %% ../nbs/05_training.ipynb #4fc0be98
+def _one_phase(model, train, val, phase: _Phase, plan: TrainingPlan, cache, table: EpochTable, saver: Checkpoint | None) -> str:
+    "Train the head on features, or the whole model on pictures."
+    classes = len(train.class_names)
+    weights = class_weights(train.labels, classes) if plan.class_weight else None
+    if phase.name == "head":
+        set_trainable(model, 0)
+        features = _Features(feature_model(model), cache)
+        batches = _head_batches(features, train, plan, phase.batch_size, weights)
+        tested = val and Batches(features.of(val.images), val.labels, classes, phase.batch_size)
+        return _fit(head_model(model), batches, tested, phase, plan, table, saver)
+    set_trainable(model, plan.unfreeze, plan.normalization)
+    batches = _image_batches(train, plan, phase.batch_size, weights)
+    _fit_momentum(model, len(batches))
+    return _fit(model, batches, val and Batches(val.images, val.labels, classes, phase.batch_size), phase, plan, table, saver)
+
+def _saver(path, model, train, val, plan: TrainingPlan, stop_after) -> Checkpoint:
+    held = [] if val is None else [val.images, val.labels]
+    return Checkpoint(path, fingerprint(__version__, model_fingerprint(model), asdict(plan), stop_after, train.images, train.labels, train.index, *held))
+
+# %% ../nbs/05_training.ipynb #cb9c0a50
+def train_classifier(model: keras.Model, train: CellImages, val: CellImages | None, plan: TrainingPlan | None = None, *, checkpoint: str | Path | None = None,
+                     cache: str | Path | None = None, stop_after: tuple[int, int] | None = None, verbose: bool = True, **choices) -> pd.DataFrame:
     """Train a classifier in two phases, in place: the head on a resting backbone, then the backbone's last layers too.
 
     Parameters
@@ -364,31 +560,19 @@ def train_classifier(
     train : CellImages or bloodnb.balancing.TrainingSet
         Labelled images of the model's size.
     val : CellImages or None
-        Chooses the best epoch (with None the training loss does); never altered.
-    head_epochs, epochs : int
-        Most epochs of the first and of the second phase; 0 leaves a phase out.
-    head_learning_rate, learning_rate : float
-        Of the first and of the second phase.
-    unfreeze, batch_norm
-        Which layers of the backbone learn in the second phase; see `set_trainable`.
-    optimizer, schedule, loss : str
-        Keys of `OPTIMIZERS`, `SCHEDULES`, `LOSSES`.
-    label_smoothing : float
-        0 <= share < 1 of each label given to the other classes.
-    class_weight : bool
-        Whether images count inversely to the size of their class (`class_weights`).
-    batch_size, patience : int
-        Images a step; epochs without a better `val_loss` before a phase ends. Each phase goes back to its best epoch.
-    augmentation : str
-        See `bloodnb.augmentation.find_pipeline`: alters the pictures of the second phase anew in each epoch.
-    engine : str
-        "bloodnb" or "keras_cv".
-    replicates : int
-        With augmentation: from how many altered copies of each picture, beside itself, the head learns in the first phase.
-    seed : int
-        For everything random.
+        Chooses the best epoch; never altered. With None all epochs run and the last weights stay.
+    plan : TrainingPlan, optional
+    checkpoint : path, optional
+        File in which the training's state is kept after every epoch. If it holds that of the same training (model, pictures, plan,
+        versions), this one goes on from there and ends with the same weights; else it is written anew.
+    cache : path, optional
+        Folder in which features of the first phase are kept, and looked for; see `bloodnb.checkpoints.feature_cache`.
+    stop_after : tuple of two int, optional
+        Epochs after which the phases end at the latest, with the learning rates of the whole plan; see `best_epochs`.
     verbose : bool
         Whether to show an `EpochTable`.
+    **choices
+        Fields of `TrainingPlan`, which overrule the plan.
 
     Returns
     -------
@@ -402,28 +586,45 @@ def train_classifier(
     ValueError
         If there is nothing to train, or a name is unknown.
     """
-    if head_epochs <= 0 and epochs <= 0:
-        raise ValueError(f"head_epochs={head_epochs}, epochs={epochs}: nothing to train; wanted at least one of them above 0.")
-    check_augmentation(augmentation, engine)
-    set_seed(seed)
-    table, said = EpochTable(verbose), []
-    fit = dict(optimizer=optimizer, schedule=schedule, loss=loss, label_smoothing=label_smoothing, patience=patience, table=table)
-    weights = class_weights(train.labels, len(train.class_names)) if class_weight else None
-    common = dict(train=train, pipeline=augmentation, engine=engine, batch_size=batch_size, seed=seed, class_weight=weights)
-    tested = dict(n_classes=len(train.class_names), batch_size=batch_size)
-    set_trainable(model, 0)
-    if head_epochs > 0:
-        trunk = feature_model(model)
-        batches = _head_batches(trunk, replicates, **common)
-        said.append(_fit(head_model(model), batches, val and Batches(predict(trunk, val.images), val.labels, **tested),
-                         epochs=head_epochs, learning_rate=head_learning_rate, phase="head", **fit))
-    if epochs > 0:
-        set_trainable(model, unfreeze, batch_norm)
-        batches = _image_batches(**common)
-        _fit_momentum(model, len(batches))
-        said.append(_fit(model, batches, val and Batches(val.images, val.labels, **tested), epochs=epochs, learning_rate=learning_rate, phase="fine-tune", **fit))
+    plan = replace(plan or TrainingPlan(), **choices)
+    phases = _phases(plan, stop_after)
+    set_seed(plan.seed)
+    table = EpochTable(verbose)
+    saver = None if checkpoint is None else _saver(checkpoint, model, train, val, plan, stop_after)
+    if saver and saver.state:
+        if verbose:
+            print(f"going on after epoch {saver.state.epoch} of the {saver.state.phase} phase, from {Path(checkpoint).name}")
+        table.rows = list(saver.state.rows)
+        phases = phases[[phase.name for phase in phases].index(saver.state.phase) :]
+    said = [_one_phase(model, train, val, phase, plan, cache, table, saver) for phase in phases]
     table.finish("; ".join(said))
     return pd.DataFrame(table.rows)
+
+# %% ../nbs/05_training.ipynb #8c0ac2e0
+def best_epochs(history: pd.DataFrame, monitor: str = "val_loss") -> tuple[int, int]:
+    """The best epoch of each phase, counted from 1, for `stop_after`: what a training on all data should do without validation pictures.
+
+    Parameters
+    ----------
+    history : DataFrame
+        From `train_classifier`, or a run's `history.csv`.
+    monitor : str
+        "val_loss" or "val_accuracy".
+
+    Returns
+    -------
+    tuple of two int
+        Head and fine-tuning; 0 for a phase that was left out.
+
+    Raises
+    ------
+    ValueError
+        If the history has no such column.
+    """
+    if monitor not in history:
+        raise ValueError(f"the history has no {monitor}, only {', '.join(history.columns)}; wanted that of a run with validation images.")
+    best = {phase: rows.loc[rows[monitor].idxmax() if "accuracy" in monitor else rows[monitor].idxmin(), "epoch"] for phase, rows in history.groupby("phase")}
+    return int(best.get("head", 0)), int(best.get("fine-tune", 0))
 
 # %% ../nbs/05_training.ipynb #f5eaa687
 def plot_history(history: pd.DataFrame) -> Figure:
