@@ -19,7 +19,7 @@ demo: .venv/installed  ## set up, then train on drawn cells: offline, about a mi
 
 test: .venv/installed  ## check everything: library in step, notebooks, jobs, the site in a browser
 	@bash .ci/chromium.sh
-	@$(BIN)/python -m pytest --durations=10
+	@$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup --durations=10
 
 docs: .venv/installed  ## render the site into _docs (with Quarto where it is installed, else with smalldocs)
 	@$(BIN)/python .ci/render_site.py

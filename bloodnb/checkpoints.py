@@ -111,6 +111,7 @@ def cached_array(folder: str | Path | None, key: str, make: Callable[[], np.ndar
             _prune(Path(folder), limit)
     return made
 
+# %% ../nbs/05_checkpoints.ipynb #711f9f5b
 def _prune(folder: Path, limit: int) -> None:
     "Remove the arrays used the longest ago until the folder holds no more than `limit` bytes."
     files = sorted(((path.stat(), path) for path in folder.glob("*.npy")), key=lambda pair: pair[0].st_mtime_ns)
@@ -198,6 +199,7 @@ def _assign(variables, values) -> None:
     for variable, value in zip(variables, values, strict=True):
         variable.assign(value)
 
+# %% ../nbs/05_checkpoints.ipynb #8c8c716e
 class Checkpoint(keras.callbacks.Callback):
     """Write a `State` after every epoch; go on from it where `fit` begins.
 

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from .data import CLASS_NAMES, unknown_name
-from .networks import NETWORKS, head_layers, parse_head, with_group_norm
+from .networks import NETWORKS, head_layers, with_group_norm
 
 # %% auto #0
 __all__ = ['SCALES', 'BACKBONES', 'NORMALIZATIONS', 'PRECISIONS', 'ImageNetScale', 'Backbone', 'backbone_name', 'find_backbone',
@@ -106,6 +106,7 @@ BACKBONES: dict[str, Backbone] = {
     **{name: Backbone(name, "0..1") for name in NETWORKS},
 }
 
+# %% ../nbs/04_models.ipynb #1905b587
 def backbone_name(name: str) -> str:
     """A backbone's name as it is written in `BACKBONES`, whatever its case; a network of the reports may carry its width, e.g. "UNet_0.25".
 
@@ -239,12 +240,9 @@ def classifier(
     image_size: int = 96,
     head: str = "default",
     dropout_rate: float = 0.2,
-    input_size: int = 0,
-    normalization: str = "frozen",
-    scale: str = "auto",
-    precision: str = "float32",
-    n_classes: int = len(CLASS_NAMES),
-    seed: int = 0,
+    *, input_size: int = 0,
+    normalization: str = "frozen", scale: str = "auto", precision: str = "float32",
+    n_classes: int = len(CLASS_NAMES), seed: int = 0,
 ) -> keras.Model:
     """A classifier of cell pictures: scale, backbone, global average pooling, head.
 
@@ -252,14 +250,12 @@ def classifier(
     ----------
     backbone, weights, image_size
         See `build_backbone`.
-    head : str
-        See `bloodnb.networks.parse_head`.
-    dropout_rate : float
-        Of the head's dropout layers, 0 <= rate < 1.
+    head, dropout_rate
+        See `bloodnb.networks.head_layers`.
     input_size : int
         Side in pixels that pictures are enlarged to (bilinear) before the backbone sees them; 0 for `image_size`.
     normalization : {"frozen", "updated", "group"}
-        "group" puts group in place of the backbone's batch normalisation; the others concern training and change nothing here.
+        "group" puts group in place of the backbone's batch normalisation; the others concern training alone.
     scale : str
         "auto" is the backbone's own. Others of `SCALES` are wrong, and there to show what that does.
     precision : {"float32", "mixed_float16", "mixed_bfloat16"}
@@ -280,7 +276,7 @@ def classifier(
         trunk = _trunk(backbone, weights, input_size or image_size, normalization)
         x = trunk(ImageNetScale(_scale_of(backbone, scale), dtype="float32", name="scale")(x))
         x = keras.layers.GlobalAveragePooling2D(name="pool")(x)
-        for layer in head_layers(parse_head(head), x.shape[-1], dropout_rate, seed):
+        for layer in head_layers(head, x.shape[-1], dropout_rate, seed):
             x = layer(x)
         return keras.Model(images, keras.layers.Dense(n_classes, activation="softmax", dtype="float32", name="probabilities")(x), name="classifier")
 

@@ -93,6 +93,7 @@ class _ModelChoices:
     dropout_rate: float = 0.2
     precision: str = "float32"
 
+# %% ../nbs/09_recipes.ipynb #56d20d00
 @dataclass(frozen=True)
 class Recipe(TrainingPlan, _ModelChoices, _DataChoices):
     """Every choice of a training run: what becomes of the pictures, how the model is built, and a `bloodnb.training.TrainingPlan`.
@@ -212,6 +213,7 @@ def check_references(references: Any, backbone: str | None, similarity: float) -
         raise ValueError(f"similarity is {similarity!r}; wanted a cosine of -1 to 1.")
     return [int(word) for word in words]
 
+# %% ../nbs/09_recipes.ipynb #2de94851
 def choices_for(function: Callable, recipe: Recipe) -> dict[str, Any]:
     """The choices of a recipe that a function takes as arguments of the same name."""
     return {name: getattr(recipe, name) for name in inspect.signature(function).parameters if name in recipe_fields()}
@@ -234,6 +236,7 @@ def on_all_data(recipe: Recipe, history: pd.DataFrame) -> tuple[Recipe, tuple[in
     check_plan(recipe, stop_after)
     return dataclasses.replace(recipe, val_fraction=0.0), stop_after
 
+# %% ../nbs/09_recipes.ipynb #49a86cb8
 def training_plan(recipe: Recipe) -> TrainingPlan:
     """The part of a recipe that training takes."""
     return TrainingPlan(**choices_for(TrainingPlan, recipe))

@@ -58,7 +58,7 @@ _SIUMGPT_NOTEBOOK = "Angelo7672/A2NDL-challenges, homework1/convnextbase-final.i
 
 SIUMGPT: dict[str, ReportRow] = {
     "siumgpt_convnextbase": ReportRow(
-        "SiumGPT", "ConvNeXtBase", {**_SIUMGPT, "backbone": "ConvNeXtBase"}, tuple(_SIUMGPT), {}, _SIUMGPT_NOTEBOOK,
+        "SiumGPT", "ConvNeXtBase", {**_SIUMGPT, "backbone": "ConvNeXtBase"}, ("backbone", *(name for name in _SIUMGPT if name != "replicates")), {}, _SIUMGPT_NOTEBOOK,
         "The team's system. Its final notebook has no validation part, so no accuracy but that of training: 0.985 in the last epoch."),
     "siumgpt_vgg16": ReportRow("SiumGPT", "VGG16", {**_SIUMGPT, "backbone": "VGG16"}, ("backbone", *_SIUMGPT_KNOWN)),
     "siumgpt_custom": ReportRow(

@@ -133,15 +133,12 @@ class Run:
         Where the folder will be.
     folder : Path
         Where it is being written.
-    items : dict
-        What `run.json` will hold.
-    stages : dict of str to float
-        Seconds that each stage took.
+    items, stages : dict
+        What `run.json` will hold, among it the seconds that each stage took.
     began : float
         `time.perf_counter()` at the start.
     checkpoints : Path
-        Folder beside the output, `NAME.checkpoint`, for what lets a killed run go on. It outlives a run that is broken off, and goes with
-        `finish_run`.
+        Folder beside the output for what lets a killed run go on: it outlives one that is broken off, and goes with `finish_run`.
     """
 
     def __init__(self, output: Path, folder: Path):

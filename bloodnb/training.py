@@ -57,7 +57,7 @@ class Batches(keras.utils.PyDataset):
     seed : int or None
         `None` keeps the order of the array.
     class_weight : ndarray of float, shape (n_classes,), or None
-        If given, batches have a third item, the weight of each picture, float32 (b,): of a soft label the mean over its shares.
+        If given, batches have a third item, each picture's weight, float32 (b,): of a soft label the mean over its shares.
     augmenter : Augmenter, optional
         Of the same pictures: serves each as it is in this epoch.
     """
@@ -74,7 +74,6 @@ class Batches(keras.utils.PyDataset):
 
     def __len__(self):
         return -(-len(self.x) // self.batch_size)
-
     def __getitem__(self, i):
         at = self.order[i * self.batch_size : (i + 1) * self.batch_size]
         batch = (self.x[at], self.labels[at]) if self.augmenter is None else self.augmenter(at, self.epoch)
@@ -85,7 +84,7 @@ class Batches(keras.utils.PyDataset):
         self._shuffle()
 
     def go_to(self, epoch: int) -> None:
-        """Serve the batches of an epoch, counted from 0, whatever came before."""
+        "Serve the batches of an epoch, counted from 0, whatever came before."
         self.epoch = epoch
         self._shuffle()
 
@@ -346,32 +345,20 @@ class TrainingPlan:
 
     Attributes
     ----------
-    head_epochs, epochs : int
-        Most epochs of the first and of the second phase; 0 leaves a phase out.
-    head_learning_rate, learning_rate : float
-        Of the first and of the second phase.
-    head_batch_size, batch_size : int
-        Images a step; 0 for the first phase means the second one's.
-    unfreeze, normalization
-        Which layers of the backbone learn in the second phase; see `set_trainable`.
-    optimizer, schedule, warmup_epochs, weight_decay, ema
-        See `bloodnb.optimizers.build_optimizer`.
-    loss : str
-        Key of `bloodnb.optimizers.LOSSES`.
-    label_smoothing : float
-        0 <= share < 1 of each label given to all classes alike.
-    class_weight : bool
-        Whether images count inversely to the size of their class (`class_weights`).
+    head_epochs, epochs, head_learning_rate, learning_rate, head_batch_size, batch_size
+        Of the first and of the second phase: most epochs (0 leaves it out), the highest learning rate, images a step (0: as the second phase).
+    unfreeze, normalization; optimizer, schedule, warmup_epochs, weight_decay, ema
+        See `set_trainable` (for the second phase) and `bloodnb.optimizers.build_optimizer`.
+    loss, label_smoothing, class_weight
+        Key of `bloodnb.optimizers.LOSSES`; share of each label given to all classes alike, 0 <= share < 1; whether images count inversely
+        to the size of their class (`class_weights`).
     monitor, patience : str, int
         "val_loss" or "val_accuracy", and epochs without a better one before a phase ends; each phase goes back to its best epoch.
-    augmentation, engine : str
-        See `bloodnb.augmentation.find_pipeline`: how pictures are altered, in the second phase anew in each epoch; "bloodnb" or "keras_cv".
-    replicates : int
-        With augmentation: from how many altered copies of each picture, beside itself, the head learns in the first phase.
-    jit_compile : bool or "auto"
-        Whether the step is compiled by XLA; "auto" leaves it to Keras.
-    seed : int
-        For everything random.
+    augmentation, engine, replicates : str, str, int
+        See `bloodnb.augmentation.find_pipeline`: how pictures are altered, in the second phase anew in each epoch; "bloodnb" or
+        "keras_cv"; from how many altered copies of each picture, beside itself, the head learns in the first phase.
+    jit_compile, seed : bool or "auto", int
+        Whether the step is compiled by XLA ("auto" leaves it to Keras); for everything random.
     """
 
     head_epochs: int = 20
@@ -548,6 +535,14 @@ def _saver(path, model, train, val, plan: TrainingPlan, stop_after) -> Checkpoin
     held = [] if val is None else [val.images, val.labels]
     return Checkpoint(path, fingerprint(__version__, model_fingerprint(model), asdict(plan), stop_after, train.images, train.labels, train.index, *held))
 
+
+def _remaining(phases: list[_Phase], saver: Checkpoint, table: EpochTable) -> list[_Phase]:
+    "Take a table up where a checkpoint stands; the phases that are not yet behind it."
+    table.rows = list(saver.state.rows)
+    if table.panel.verbose:
+        print(f"going on after epoch {saver.state.epoch} of the {saver.state.phase} phase, from {saver.path.name}")
+    return phases[[phase.name for phase in phases].index(saver.state.phase) :]
+
 # %% ../nbs/05_training.ipynb #cb9c0a50
 def train_classifier(model: keras.Model, train: CellImages, val: CellImages | None, plan: TrainingPlan | None = None, *, checkpoint: str | Path | None = None,
                      cache: str | Path | None = None, stop_after: tuple[int, int] | None = None, verbose: bool = True, **choices) -> pd.DataFrame:
@@ -581,21 +576,15 @@ def train_classifier(model: keras.Model, train: CellImages, val: CellImages | No
 
     Raises
     ------
-    FloatingPointError
-        If the loss is not finite.
-    ValueError
-        If there is nothing to train, or a name is unknown.
+    FloatingPointError, ValueError
+        If the loss is not finite; if there is nothing to train, or a name is unknown.
     """
     plan = replace(plan or TrainingPlan(), **choices)
-    phases = _phases(plan, stop_after)
+    phases, table = _phases(plan, stop_after), EpochTable(verbose)
     set_seed(plan.seed)
-    table = EpochTable(verbose)
     saver = None if checkpoint is None else _saver(checkpoint, model, train, val, plan, stop_after)
     if saver and saver.state:
-        if verbose:
-            print(f"going on after epoch {saver.state.epoch} of the {saver.state.phase} phase, from {Path(checkpoint).name}")
-        table.rows = list(saver.state.rows)
-        phases = phases[[phase.name for phase in phases].index(saver.state.phase) :]
+        phases = _remaining(phases, saver, table)
     said = [_one_phase(model, train, val, phase, plan, cache, table, saver) for phase in phases]
     table.finish("; ".join(said))
     return pd.DataFrame(table.rows)

@@ -16,6 +16,18 @@ def folder_or_skip(variable: str, default: Path) -> Path:
     return folder
 
 
+# Tests of these files share nothing that is dear to make, so two processes may divide them; the others' tests stay together.
+DIVIDED = {"test_interrupt", "test_models", "test_notebooks", "test_recipes"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Keep the tests of a file in one process, where fixtures of the file are made once (`--dist=loadgroup`, see Makefile)."""
+    for item in items:
+        if item.module.__name__ not in DIVIDED:
+            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
+
+
 @pytest.fixture(scope="session")
 def repo() -> Path:
     """The root of this checkout."""

@@ -9,7 +9,7 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
 # The least that is still a whole run: some seconds of training on drawn cells.
-SMALL = {"data": "drawn:n=120,seed=1", "recipe": "demo", "image_size": 32, "epochs": 2, "output": "run"}
+SMALL = {"data": "drawn:n=120,seed=1", "recipe": "demo", "backbone": "SiumGPT_CNN_0.25", "image_size": 32, "epochs": 2, "output": "run"}
 # Nothing listens at this port of this machine, so every download fails at once.
 NO_NETWORK = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")} | {"no_proxy": "", "NO_PROXY": ""}
 

@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import psutil
 import pytest
 from jobs import SMALL, files_of, job_environment, train, train_command
@@ -77,7 +78,7 @@ def test_ctrl_c_leaves_nothing_and_the_next_run_works(tmp_path, start):
     assert job.wait(60) != 0
     wait_for("the kernel's end", lambda: not kernel.is_running() or kernel.status() == psutil.STATUS_ZOMBIE, seconds=60)
     assert not list(tmp_path.rglob("metrics.json")) and not (tmp_path / "run").exists()
-    assert names(tmp_path) == {"out.ipynb"}, "the partial folder goes with the run"
+    assert names(tmp_path) == {"out.ipynb", "run.checkpoint"}, "the partial folder goes with the run; what lets it go on stays"
     again = train(tmp_path, **ENDLESS | {"epochs": 1})
     assert again.returncode == 0, again.stderr
     assert names(tmp_path) == {"out.ipynb", "run"} and "metrics.json" in files_of(tmp_path / "run")
@@ -89,11 +90,33 @@ def test_killed_run_leaves_a_partial_folder_that_the_next_run_clears_away(tmp_pa
     os.killpg(os.getpgid(kernel.pid), signal.SIGKILL)
     assert job.wait(120) != 0, "papermill says that its kernel died"
     stale = tmp_path / f"run.partial-{kernel.pid}"
-    assert names(tmp_path) == {"out.ipynb", stale.name}
+    assert names(tmp_path) == {"out.ipynb", stale.name, "run.checkpoint"}
     assert not (stale / "metrics.json").exists() and not (stale / "run.json").exists()
     job, kernel = start()
     wait_for("the next run's folder", (tmp_path / f"run.partial-{kernel.pid}").is_dir, job)
     assert not stale.exists()
+
+
+def test_killed_run_goes_on_and_ends_as_if_left_alone(tmp_path):
+    given = SMALL | {"epochs": 60, "patience": 1000, "augmentation": "flip", "optimizer": "ranger"}
+    (tmp_path / "killed").mkdir(), (tmp_path / "alone").mkdir()
+    state = tmp_path / "killed" / "run.checkpoint" / "seed-0.npz"
+    job = subprocess.Popen(train_command(**given), cwd=tmp_path / "killed", env=job_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    wait_for("the first epoch's state", state.exists, job)
+    for process in (*psutil.Process(job.pid).children(recursive=True), psutil.Process(job.pid)):
+        process.kill()
+    job.wait(60)
+    assert state.exists() and not (tmp_path / "killed" / "run").exists()
+    for folder in ("killed", "alone"):
+        done = train(tmp_path / folder, **given)
+        assert done.returncode == 0, done.stderr
+    said = {folder: "going on after epoch" in (tmp_path / folder / "out.ipynb").read_text() for folder in ("killed", "alone")}
+    assert said == {"killed": True, "alone": False}
+    killed, alone = (files_of(tmp_path / folder / "run") for folder in ("killed", "alone"))
+    assert killed["metrics.json"] == alone["metrics.json"] and killed["predictions.npz"] == alone["predictions.npz"]
+    histories = [pd.read_csv(tmp_path / folder / "run" / "history.csv").drop(columns="seconds") for folder in ("killed", "alone")]
+    assert histories[0].equals(histories[1]) and len(histories[0]) == 60
+    assert names(tmp_path / "killed") == {"out.ipynb", "run"}, "nothing of the first attempt stays"
 
 
 CONTENT = np.random.default_rng(0).bytes(3_000_000)

@@ -80,7 +80,7 @@ def test_run_json_says_what_was_run(run, cells):
 
 def test_single_choices_overrule_the_recipe_and_the_recipe_the_default(run):
     kept, default, demo = read_json(run / "run.json"), asdict(recipes.Recipe()), recipes.RECIPES["demo"]
-    given = {name: SMALL[name] for name in ("image_size", "epochs")}
+    given = {name: SMALL[name] for name in ("backbone", "image_size", "epochs")}
     assert kept["recipe"] == "demo" and kept["choices"] == json.loads(json.dumps(default | demo | given))
     changed = {name for name in demo if demo[name] != default[name]}
     assert "learning_rate" in changed - given.keys() and all(given[name] not in (default[name], demo[name]) for name in given), "three levels that differ"
@@ -243,7 +243,7 @@ def test_finished_run_is_not_replaced(tmp_path, run):
 
 def test_imagenet_weights_without_network(tmp_path):
     (tmp_path / "keras").mkdir()
-    message = refusal(tmp_path, NO_NETWORK | {"KERAS_HOME": str(tmp_path / "keras")}, **SMALL | {"weights": "imagenet"})
+    message = refusal(tmp_path, NO_NETWORK | {"KERAS_HOME": str(tmp_path / "keras")}, **SMALL | {"weights": "imagenet", "backbone": "MobileNet_0.25"})
     assert message.startswith("ConnectionError") and "-p weights none" in message and "-p weights FILE" in message
     assert not any("cell_data.load(" in source for source in cells_run(tmp_path / "out.ipynb"))
 
