@@ -1,7 +1,9 @@
 """Every row of the reports as its team describes it, and every recipe through two steps of each of its phases: just the layers that should move do."""
+import sys
 import zlib
 from dataclasses import asdict, replace
 
+import cv2
 import keras
 import numpy as np
 import pandas as pd
@@ -12,7 +14,7 @@ from papermill.cli import _resolve_type
 from bloodnb import balancing, data, models, training
 from bloodnb.augmentation import find_pipeline, to_dict
 from bloodnb.models import classifier, find_backbone
-from bloodnb.networks import head_layers
+from bloodnb.networks import NETWORKS, head_layers
 from bloodnb.recipes import RECIPES, choices_for, list_recipes, on_all_data, recipe_fields, resolve_recipe, training_plan
 from bloodnb.reports import REPORTS
 
@@ -218,21 +220,49 @@ def without_graphs():
 
 
 @pytest.fixture(scope="module")
-def trunks():
-    """The backbone asked for last: the largest takes longer to build than to train, and recipes come sorted by backbone."""
-    kept = {}
+def cells() -> data.CellImages:
+    """One drawn cell of each class, of 32 pixels."""
+    drawn = data.load("drawn:n=60,seed=2", 32)
+    return data.take(drawn, np.unique(drawn.labels, return_index=True)[1])
 
-    def trunk(name, weights, image_size):
-        if (name, image_size) not in kept:
+
+@pytest.fixture(scope="module")
+def narrow_keras():
+    """The three largest backbones with all their layers and an eighth of the channels: which layers learn does not hang on these, but time and memory do."""
+    efficientnet, convnext = (sys.modules[make.__module__] for make in (keras.applications.EfficientNetV2L, keras.applications.ConvNeXtBase))
+    make_efficientnet, make_convnext = efficientnet.EfficientNetV2, convnext.ConvNeXt
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(efficientnet, "EfficientNetV2", lambda **choices: make_efficientnet(**choices | {"width_coefficient": 1 / 8}))
+        patch.setattr(convnext, "ConvNeXt", lambda **choices: make_convnext(**choices | {"projection_dims": [n // 8 for n in choices["projection_dims"]]}))
+        yield
+
+
+@pytest.fixture(scope="module")
+def trunks(cells, narrow_keras):
+    """Builds backbones as the library does, but keeps the last one: some take longer to build than to train, and recipes come sorted by backbone."""
+    kept, build_backbone = {}, models.build_backbone
+
+    def build(name, weights, image_size):
+        if name not in kept:
             kept.clear()
             keras.backend.clear_session()  # the names of some of Keras' layers count on from model to model
-            kept[name, image_size] = build(name, weights, image_size)
-        return kept[name, image_size]
+            kept[name] = build_backbone(f"{name}_0.125" if name in NETWORKS else name, weights, image_size)
+        return kept[name]
 
-    build = models.build_backbone
-    yield trunk
+    yield build
     kept.clear()
     keras.backend.clear_session()
+
+
+def fit_statistics(model, images) -> None:
+    """Bring the moving statistics of BatchNormalization to what these pictures give, as a pretrained network's are; with Keras' 0 and 1 signals fade from layer to layer."""
+    normalizations = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
+    momenta = [layer.momentum for layer in normalizations]
+    for layer in normalizations:
+        layer.momentum = 0.0
+    model(images, training=True)
+    for layer, momentum in zip(normalizations, momenta):
+        layer.momentum = momentum
 
 
 def checksums(model) -> dict[tuple[str, str], int]:
@@ -264,18 +294,19 @@ def two_steps(model, train, recipe, phase: str) -> tuple[float, set[str], set[tu
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES, key=lambda name: RECIPES[name].get("backbone", "MobileNetV2")))
-def test_just_the_layers_of_the_recipe_learn(name, monkeypatch, trunks, without_graphs):
-    """Two steps of each phase, from random weights, on eight small pictures and what the recipe's balancing makes of them."""
+def test_just_the_layers_of_the_recipe_learn(name, monkeypatch, cells, trunks, without_graphs):
+    """Two steps of each phase on eight small pictures, and on what the recipe's balancing makes of them."""
     monkeypatch.setattr(models, "build_backbone", trunks)
     recipe = resolve_recipe(name)
     side = find_backbone(recipe.backbone).min_size
-    cells = data.load("drawn:n=60,seed=2", side)
-    cells = data.take(cells, np.unique(cells.labels, return_index=True)[1])  # one of each class
+    cells = replace(cells, images=np.stack([cv2.resize(image, (side, side)) for image in cells.images]))
     train = balancing.balance(cells, recipe.balance, held_out={}, n=2 if recipe.balance in ("siumgpt", "machine_dumbening") else None)
-    half = len(train) // 2
-    recipe = replace(recipe, weights="none", image_size=side, batch_size=half, head_batch_size=half * (1 + min(recipe.replicates, 1)), replicates=min(recipe.replicates, 1))
+    phases = [("head", None)] * (recipe.head_epochs > 0) + [("fine-tune", FIRST.get((recipe.backbone, recipe.unfreeze)))] * (recipe.epochs > 0)
+    copies = min(recipe.replicates, 1) if len(phases) == 1 else 0  # where a second phase alters pictures, the first one need not
+    recipe = replace(recipe, weights="none", image_size=side, batch_size=len(train) // 2, head_batch_size=len(train) * (1 + copies) // 2, replicates=copies)
     model = classifier(**choices_for(classifier, recipe))
-    for phase, first in (("head", None),) * (recipe.head_epochs > 0) + (("fine-tune", FIRST.get((recipe.backbone, recipe.unfreeze))),) * (recipe.epochs > 0):
+    fit_statistics(model, cells.images)
+    for phase, first in phases:
         loss, layers, weights = two_steps(model, train, recipe, phase)
         expected = learning_layers(model, first, recipe.normalization)
         assert np.isfinite(loss), phase
