@@ -5,6 +5,7 @@
 # %% ../nbs/05_training.ipynb #db347bf6
 from __future__ import annotations
 
+import functools
 import html
 import re
 import time
@@ -17,7 +18,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from . import __version__
+from . import __version__, augmentation, operations
 from .augmentation import Augmenter, check_augmentation, find_pipeline, keras_cv_dataset, one_hot, to_dict
 from .checkpoints import Checkpoint, cached_array, fingerprint, model_fingerprint, restore
 from .data import CellImages, unknown_name
@@ -470,6 +471,11 @@ def _fit(model, train, val, phase: _Phase, plan: TrainingPlan, table: EpochTable
 # %% ../nbs/05_training.ipynb #5a097032
 _REPLICATES = 1_000_000  # where the numbers of the copies begin
 
+@functools.cache
+def _altering_code() -> str:
+    "The fingerprint of the code that alters pictures: another version of it makes other copies of the same plan."
+    return fingerprint(*(Path(module.__file__).read_text() for module in (augmentation, operations)))
+
 class _Features:
     "What a resting backbone makes of pictures, from the cache where it was made before; each copy of a set is a file of its own, so a killed run keeps those done."
 
@@ -490,7 +496,7 @@ class _Features:
             parts = [made(at, _REPLICATES + copy) for at in np.array_split(np.arange(len(train)), -(-len(train) // 128))]
             return np.concatenate([np.hstack([predict(self.trunk, images), labels]) for images, labels in parts])
 
-        key = fingerprint(self.key, train.images, train.labels, train.index, to_dict(altering), seed, copy) if self.cache is not None else ""
+        key = fingerprint(self.key, _altering_code(), train.images, train.labels, train.index, to_dict(altering), copy) if self.cache is not None else ""
         joined = cached_array(self.cache, key, both)
         return joined[:, :-n_classes], joined[:, -n_classes:]
 

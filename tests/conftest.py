@@ -28,6 +28,14 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.xdist_group(item.module.__name__))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """A cache folder that begins empty, for the tests and all processes that they start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BLOODNB_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def repo() -> Path:
     """The root of this checkout."""

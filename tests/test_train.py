@@ -178,6 +178,21 @@ def test_test_data_and_blacklist(run, tmp_path):
     assert (first["part"] == "dropped").equals(table["part"] == "dropped") and (here / "blacklist.csv").read_bytes() == (run / "blacklist.csv").read_bytes()
 
 
+def test_last_training_on_all_data_from_several_seeds(run, tmp_path):
+    """`epochs_from` reads an earlier run's best epochs and trains on its validation images too; `repeats` says how far chance moves the scores."""
+    job = train(tmp_path, **SMALL | {"epochs_from": run, "repeats": 2, "cache": False})
+    assert job.returncode == 0, job.stderr
+    kept, metrics, plain = (read_json(folder / name) for folder, name in ((tmp_path / "run", "run.json"), (tmp_path / "run", "metrics.json"), (run, "run.json")))
+    earlier, history = (pd.read_csv(folder / "history.csv") for folder in (run, tmp_path / "run"))
+    best = int(earlier.loc[earlier["val_loss"].idxmin(), "epoch"])
+    assert kept["stop_after"] == [0, best] and len(history) == best and "val_loss" not in history
+    assert kept["trained_on"] > plain["trained_on"] and set(pd.read_csv(tmp_path / "run" / "split.csv")["part"]) == {"train", "test", "dropped"}
+    assert kept["seeds"] == [0, 1] and metrics["val"] is None
+    accuracy = metrics["repeats"]["accuracy"]
+    assert accuracy["values"][0] == metrics["accuracy"] and len(set(accuracy["values"])) == 2
+    assert accuracy["mean"] == pytest.approx(np.mean(accuracy["values"])) and accuracy["std"] == pytest.approx(np.std(accuracy["values"], ddof=1))
+
+
 @pytest.mark.parametrize("choices", [
     {"balance": "oversample", "augmentation": "robust", "replicates": 1},
     {"balance": "smote", "augmentation": "machine_dumbening", "engine": "keras_cv"},
