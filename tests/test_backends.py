@@ -33,7 +33,7 @@ train, val = data.take(cells, parts.train), data.take(cells, parts.val)
 plan = dict(head_epochs=1, epochs=2, unfreeze=1.0, normalization="updated", optimizer="ranger", ema=0.9, label_smoothing=0.1, verbose=False)
 
 def fit(checkpoint=None, seed=0):
-    model = classifier("Backpropagators_CNN_0.25", "none", 32, "64 bn relu dropout")
+    model = classifier("Backpropagators_CNN_0.25", "none", 32, "bn dropout")
     return model, train_classifier(model, train, val, **plan, checkpoint=checkpoint, cache=folder / "features")
 
 straight, history = fit()
@@ -49,12 +49,10 @@ try:
 except KeyboardInterrupt:
     checkpoints.write_state = write
 resumed, again = fit(folder / "state.npz")
-grouped = classifier("TeamName_CNN_0.125", "none", 32, normalization="group")
-falling = train_classifier(grouped, train, val, head_epochs=0, epochs=8, unfreeze=1.0, normalization="group", learning_rate=1e-2, loss="focal", verbose=False)
 answers = {
     "backend": keras.backend.backend(), "phases": history["phase"].tolist(), "broken after": len(written),
     "same": all(np.array_equal(a, b) for a, b in zip(straight.get_weights(), resumed.get_weights())) and history.drop(columns="seconds").equals(again.drop(columns="seconds")),
-    "finite": bool(np.isfinite(history["loss"]).all()), "features kept": len(list((folder / "features").glob("*.npy"))), "falls": bool(falling["loss"].iloc[-1] < 0.9 * falling["loss"].iloc[0]),
+    "finite": bool(np.isfinite(history["loss"]).all()), "features kept": len(list((folder / "features").glob("*.npy"))),
 }
 for file in folder.glob("*.keras"):
     answers[file.stem] = predict(keras.saving.load_model(file), cells.images[:8]).tolist()
@@ -82,7 +80,7 @@ def test_jax_trains_resumes_and_reads_models_of_this_backend(saved):
     run = subprocess.run([sys.executable, "-c", TRAINING, str(folder)], env=environment, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stderr
     answers = json.loads(run.stdout.splitlines()[-1])
-    assert answers["backend"] == "jax" and answers["phases"] == ["head", "fine-tune", "fine-tune"] and answers["finite"] and answers["falls"]
+    assert answers["backend"] == "jax" and answers["phases"] == ["head", "fine-tune", "fine-tune"] and answers["finite"]
     assert answers["broken after"] == 2 and answers["same"], "broken off in the second phase and resumed, to the last bit"
     assert answers["features kept"] == 2, "of the training and the validation pictures"
     for name, y_prob in said.items():
