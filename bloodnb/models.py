@@ -21,8 +21,8 @@ from .networks import NETWORKS, head_layers, with_group_norm
 
 # %% auto #0
 __all__ = ['SCALES', 'BACKBONES', 'NORMALIZATIONS', 'PRECISIONS', 'ImageNetScale', 'Backbone', 'backbone_name', 'find_backbone',
-           'backbone_table', 'build_backbone', 'classifier', 'feature_model', 'head_model', 'feature_extractor',
-           'image_features']
+           'backbone_table', 'build_backbone', 'classifier', 'load_classifier', 'feature_model', 'head_model',
+           'feature_extractor', 'image_features']
 
 # %% ../nbs/04_models.ipynb #4069b25d
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's RGB, 0..1
@@ -279,6 +279,25 @@ def classifier(
         for layer in head_layers(head, x.shape[-1], dropout_rate, seed):
             x = layer(x)
         return keras.Model(images, keras.layers.Dense(n_classes, activation="softmax", dtype="float32", name="probabilities")(x), name="classifier")
+
+# %% ../nbs/04_models.ipynb #ecf5d8e5
+def load_classifier(path: str | Path) -> keras.Model:
+    """A classifier from a `.keras` file, ready to predict; code that a file might carry is refused.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If there is no such file, or it is damaged or no classifier of this library.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no model {path}; wanted a .keras file.")
+    try:
+        model = keras.saving.load_model(path, compile=False, safe_mode=True)
+        model.get_layer("backbone"), model.get_layer("pool")
+    except Exception as error:  # zipfile, h5py, json and Keras each have their own
+        raise ValueError(f"{path} does not hold a classifier that can be read ({type(error).__name__}: {str(error)[:200]}). Remedy: the model.keras of a finished run.") from error
+    return model
 
 # %% ../nbs/04_models.ipynb #ee9a2f71
 def feature_model(model: keras.Model) -> keras.Model:
