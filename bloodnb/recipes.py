@@ -218,7 +218,10 @@ def choices_for(function: Callable, recipe: Recipe) -> dict[str, Any]:
     """The choices of a recipe that a function takes as arguments of the same name."""
     return {name: getattr(recipe, name) for name in inspect.signature(function).parameters if name in recipe_fields()}
 
-def on_all_data(recipe: Recipe, history: pd.DataFrame) -> tuple[Recipe, tuple[int, int]]:
+# Choices in which a last training may differ from the run that found its epochs.
+_FREE = ("val_fraction", "test_fraction", "weights", "jit_compile", "seed")
+
+def on_all_data(recipe: Recipe, history: pd.DataFrame, earlier: Mapping[str, Any] | None = None) -> tuple[Recipe, tuple[int, int]]:
     """A last training on all data: the recipe without validation images, and the epochs after which its phases stop.
 
     Parameters
@@ -226,12 +229,17 @@ def on_all_data(recipe: Recipe, history: pd.DataFrame) -> tuple[Recipe, tuple[in
     recipe : Recipe
     history : DataFrame
         Of an earlier run of the same recipe, which had validation images.
+    earlier : dict, optional
+        The `choices` of that run, to be compared.
 
     Raises
     ------
     ValueError
-        If the history cannot say which epoch was best, or has more epochs than the recipe.
+        If the earlier run was of another recipe, or its history cannot say which epoch was best, or has more epochs than the recipe.
     """
+    other = [f"{name} {earlier[name]!r} there, {value!r} here" for name, value in dataclasses.asdict(recipe).items() if name in (earlier or {}) and name not in _FREE and earlier[name] != value]
+    if other:
+        raise ValueError(f"the earlier run is of another recipe: {'; '.join(other[:5])}. Wanted the same choices. Remedy: the recipe and -p values of that run.")
     stop_after = best_epochs(history, recipe.monitor)
     check_plan(recipe, stop_after)
     return dataclasses.replace(recipe, val_fraction=0.0), stop_after
@@ -249,7 +257,7 @@ def seeds_of(recipe: Recipe, repeats: Any) -> list[int]:
     """The seeds of so many trainings, from the recipe's on; ValueError if `repeats` is no whole number from 1 to 1000."""
     if isinstance(repeats, bool) or not isinstance(repeats, int) or not 1 <= repeats <= 1000:
         raise ValueError(f"repeats is {repeats!r}; wanted a whole number, 1 to 1000.")
-    return [recipe.seed + i for i in range(repeats)]
+    return [with_seed(recipe, recipe.seed + i).seed for i in range(repeats)]
 
 def with_test_data(recipe: Recipe, test_data: Any) -> Recipe:
     """The recipe of a run that has (or, with None, has not) a test set of its own: if so, nothing is kept back for a test.

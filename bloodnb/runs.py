@@ -34,9 +34,9 @@ import bloodnb
 from .data import CellImages, find_source, unknown_name
 
 # %% auto #0
-__all__ = ['library_versions', 'git_revision', 'device_name', 'peak_memory', 'Run', 'start_run', 'read_history', 'file_sha256',
-           'default_output', 'split_table', 'write_predictions', 'save_figure', 'finish_run', 'show_folder',
-           'check_parameters', 'executed_notebook', 'notice']
+__all__ = ['library_versions', 'git_revision', 'device_name', 'peak_memory', 'Run', 'start_run', 'read_history', 'read_choices',
+           'check_flags', 'file_sha256', 'default_output', 'split_table', 'write_predictions', 'save_figure',
+           'finish_run', 'show_folder', 'check_parameters', 'executed_notebook', 'notice']
 
 # %% ../nbs/10_runs.ipynb #dee4f21c
 _PACKAGES = ("bloodnb", "keras", "tensorflow", "torch", "jax", "numpy", "scikit-learn", "opencv-python-headless", "pillow", "pandas", "papermill")
@@ -199,11 +199,14 @@ def start_run(output: str | Path, overwrite: bool = False) -> Run:
 
     Raises
     ------
+    ValueError
+        If `overwrite` is neither True nor False.
     FileExistsError
         If something stands there that would be lost.
     PermissionError
         If the folder cannot be written.
     """
+    check_flags(overwrite=overwrite)
     output = Path(str(output))  # papermill makes a number of `-p output 1`
     partial = output.parent / f"{output.name}.partial-{os.getpid()}"
     _check_output(output, partial, overwrite)
@@ -218,11 +221,29 @@ def read_history(folder: str | Path) -> pd.DataFrame:
     FileNotFoundError
         If the folder is no finished run.
     """
-    path = Path(folder) / "history.csv"
-    if not path.is_file() or not (Path(folder) / "metrics.json").is_file():
-        beside = sorted(p.parent.name for p in Path(folder).parent.glob("*/metrics.json")) if Path(folder).parent.is_dir() else []
+    folder = Path(str(folder))  # papermill makes a number of `-p epochs_from 1`
+    path = folder / "history.csv"
+    if not path.is_file() or not (folder / "metrics.json").is_file():
+        beside = sorted(p.parent.name for p in folder.parent.glob("*/metrics.json")) if folder.parent.is_dir() else []
         raise FileNotFoundError(f"{folder} is no finished training run (it has no metrics.json and history.csv). Wanted the folder of one; beside it are {beside or 'none'}.")
     return pd.read_csv(path)
+
+# %% ../nbs/10_runs.ipynb #05e15ffc
+def read_choices(folder: str | Path) -> dict[str, Any]:
+    """The `choices` of a finished run's recipe, from its `run.json`; empty if it was no training."""
+    return json.loads((Path(str(folder)) / "run.json").read_text(encoding="utf-8")).get("choices", {})
+
+def check_flags(**flags: Any) -> None:
+    """Refuse what is neither True nor False: papermill hands `false` on as a text, which Python takes for true.
+
+    Raises
+    ------
+    ValueError
+        That names the flag.
+    """
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} is {value!r}; wanted True or False, with a capital letter.")
 
 # %% ../nbs/10_runs.ipynb #43a7b17e
 def file_sha256(path: str | Path) -> str | None:
