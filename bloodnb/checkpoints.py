@@ -114,14 +114,16 @@ def cached_array(folder: str | Path | None, key: str, make: Callable[[], np.ndar
         return make()
     path = Path(folder) / f"{key}.npz"
     try:
-        with np.load(path, allow_pickle=False) as file:  # a zip: its checksum is looked at
+        with np.load(path, allow_pickle=False) as file:
             found = file["array"]
+            if str(file["fingerprint"]) != fingerprint(found):  # the zip's own checksum misses a damaged header
+                raise ValueError("damaged")
     except Exception:  # not there, or damaged, which may raise almost anything
         found = make()
         if found.nbytes <= limit:
             with contextlib.suppress(OSError):  # a full or read-only disk costs time, not the run
                 with whole_file(path) as file:
-                    np.savez(file, array=found)
+                    np.savez(file, array=found, fingerprint=fingerprint(found))
                 _prune(Path(folder), limit)
         return found
     with contextlib.suppress(OSError):  # others' files may be read, if not touched
