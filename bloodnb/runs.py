@@ -31,13 +31,13 @@ import psutil
 from matplotlib.figure import Figure
 
 import bloodnb
-from .data import CLASS_NAMES, CellImages, find_source, unknown_name
+from .data import CLASS_NAMES, CellImages, find_source, sha256, unknown_name
 
 # %% auto #0
 __all__ = ['library_versions', 'git_revision', 'device_name', 'peak_memory', 'Run', 'start_run', 'read_run', 'read_history',
-           'read_split', 'train_counts', 'log_read', 'load_predictor', 'file_sha256', 'default_output', 'split_table',
-           'write_predictions', 'save_figure', 'finish_run', 'show_folder', 'check_parameters', 'executed_notebook',
-           'notice']
+           'read_split', 'train_counts', 'log_read', 'first_read', 'load_predictor', 'check_flags', 'file_sha256',
+           'default_output', 'split_table', 'write_predictions', 'save_figure', 'finish_run', 'show_folder',
+           'check_parameters', 'executed_notebook', 'notice']
 
 # %% ../nbs/10_runs.ipynb #dee4f21c
 _PACKAGES = ("bloodnb", "keras", "tensorflow", "torch", "jax", "numpy", "scikit-learn", "opencv-python-headless", "pillow", "pandas", "papermill")
@@ -200,11 +200,14 @@ def start_run(output: str | Path, overwrite: bool = False) -> Run:
 
     Raises
     ------
+    ValueError
+        If `overwrite` is neither True nor False.
     FileExistsError
         If something stands there that would be lost.
     PermissionError
         If the folder cannot be written.
     """
+    check_flags(overwrite=overwrite)
     output = Path(str(output))  # papermill makes a number of `-p output 1`
     partial = output.parent / f"{output.name}.partial-{os.getpid()}"
     _check_output(output, partial, overwrite)
@@ -247,19 +250,19 @@ def read_run(folder: str | Path, jobs: Sequence[str] = ("train",), wants: Sequen
 def read_history(folder: str | Path) -> pd.DataFrame:
     """`history.csv` of a finished training run; errors as `read_run`."""
     read_run(folder, wants=("history.csv",))
-    return pd.read_csv(Path(folder) / "history.csv")
+    return pd.read_csv(Path(str(folder)) / "history.csv")  # papermill makes a number of `-p epochs_from 1`
 
 def read_split(folder: str | Path) -> pd.DataFrame:
     """`split.csv` of a finished training run (see `split_table`); errors as `read_run`."""
     read_run(folder, wants=("split.csv",))
-    return pd.read_csv(Path(folder) / "split.csv")
+    return pd.read_csv(Path(str(folder)) / "split.csv")
 
 def train_counts(folder: str | Path, class_names: Sequence[str] = CLASS_NAMES) -> np.ndarray:
     """How many pictures of each class a training run kept for training, before anything was filled up: int64 (n_classes,), from its `split.csv`."""
     table = read_split(folder)
     return np.array([int(((table["part"] == "train") & (table["label"] == name)).sum()) for name in class_names])
 
-# %% ../nbs/10_runs.ipynb #ccead832
+# %% ../nbs/10_runs.ipynb #05e15ffc
 def log_read(folder: str | Path, data_sha256: str, **details: Any) -> int:
     """Write into a finished run's `run.json` that its model was measured on a set of pictures.
 
@@ -282,7 +285,7 @@ def log_read(folder: str | Path, data_sha256: str, **details: Any) -> int:
     PermissionError
         If `run.json` cannot be written.
     """
-    path = Path(folder) / "run.json"
+    path = Path(str(folder)) / "run.json"
     record = json.loads(path.read_text(encoding="utf-8"))
     record.setdefault("test_reads", []).append({"data_sha256": data_sha256, "when": _now(), **details})
     new = path.with_name(f"run.json.{os.getpid()}")
@@ -296,7 +299,11 @@ def log_read(folder: str | Path, data_sha256: str, **details: Any) -> int:
         new.unlink(missing_ok=True)
     return sum(read["data_sha256"] == data_sha256 for read in record["test_reads"])
 
-# %% ../nbs/10_runs.ipynb #307b8a34
+# %% ../nbs/10_runs.ipynb #1897d755
+def first_read(cells: CellImages, trainings: int = 1) -> list[dict[str, Any]]:
+    """What a training run keeps as `test_reads`: that its models were measured on these test pictures. `log_read` adds to it."""
+    return [{"data_sha256": sha256(cells), "when": _now(), "job": "train", "n": len(cells), "trainings": trainings}]
+
 def load_predictor(folder: str | Path) -> Callable[[np.ndarray], np.ndarray]:
     """The classifier of a finished training run, as a function that does to pictures what the run did to its own.
 
@@ -319,8 +326,21 @@ def load_predictor(folder: str | Path) -> Callable[[np.ndarray], np.ndarray]:
     from bloodnb.training import predict
 
     choices = read_run(folder, wants=("model.keras",))["choices"]
-    model = load_classifier(Path(folder) / "model.keras")
+    model = load_classifier(Path(str(folder)) / "model.keras")
     return lambda images: predict(model, set_background(CellImages(images), choices["background"]).images)
+
+# %% ../nbs/10_runs.ipynb #0262ea26
+def check_flags(**flags: Any) -> None:
+    """Refuse what is neither True nor False: papermill hands `false` on as a text, which Python takes for true.
+
+    Raises
+    ------
+    ValueError
+        That names the flag.
+    """
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} is {value!r}; wanted True or False, with a capital letter.")
 
 # %% ../nbs/10_runs.ipynb #43a7b17e
 def file_sha256(path: str | Path) -> str | None:

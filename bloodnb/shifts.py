@@ -18,15 +18,16 @@ from scipy.stats import kendalltau, spearmanr
 from tqdm import tqdm
 
 from .augmentation import as_operation, find_pipeline
-from .corruptions import SEVERITIES, SUITE_VERSION, SUITES, corrupt, find_suite, pictures_sha256, severities_of
+from .corruptions import SEVERITIES, SUITE_VERSION, SUITES, corrupt, corrupt_mixed, find_suite, pictures_sha256, severities_of
 from .data import CellImages, take, unknown_name
 from .evaluation import TTA, estimate_priors, reweight
 from .operations import Operation
 
 # %% auto #0
-__all__ = ['ALEXNET_CLEAN_ERROR', 'ALEXNET_ERRORS', 'EVALUATE_PARAMETERS', 'PRIORS', 'operations_in', 'seen_corruptions',
-           'evaluate_suite', 'summarize_suite', 'suite_scores', 'suites_table', 'plot_suite', 'check_suites',
-           'check_settings', 'not_trained_on', 'priors_for', 'reweighing', 'rank_correlations']
+__all__ = ['ALEXNET_CLEAN_ERROR', 'ALEXNET_ERRORS', 'EVALUATE_PARAMETERS', 'PRIORS', 'VALIDATIONS', 'operations_in',
+           'seen_corruptions', 'evaluate_suite', 'summarize_suite', 'suite_scores', 'suites_table', 'plot_suite',
+           'check_suites', 'check_settings', 'not_trained_on', 'priors_for', 'reweighing', 'validation_set',
+           'rank_correlations']
 
 # %% ../nbs/06_shifts.ipynb #de27c796
 def operations_in(pipeline: Operation | Mapping | str) -> set[str]:
@@ -284,6 +285,15 @@ def reweighing(prior: str, priors: np.ndarray | None, y_prob: np.ndarray) -> Cal
         return lambda probabilities: probabilities
     new = estimate_priors(y_prob, priors) if prior == "estimated" else None
     return lambda probabilities: reweight(probabilities, priors, new)
+
+# %% ../nbs/06_shifts.ipynb #c9a8c64c
+VALIDATIONS = ("clean", *SUITES)
+
+def validation_set(cells: CellImages | None, validation: str = "clean", seed: int = 0) -> CellImages | None:
+    """The validation pictures by which a training is judged: as they are ("clean"), or each under one corruption of a suite; None if there are none."""
+    if validation not in VALIDATIONS:
+        raise ValueError(unknown_name("validation", validation, VALIDATIONS))
+    return cells if cells is None or validation == "clean" else corrupt_mixed(cells, validation, seed)
 
 # %% ../nbs/06_shifts.ipynb #8cfc2860
 def rank_correlations(scores: pd.DataFrame, target: str, n_bootstrap: int = 2000, seed: int = 0) -> pd.DataFrame:
