@@ -219,6 +219,21 @@ def _assign(variables, values) -> None:
         variable.assign(value)
 
 # %% ../nbs/05_checkpoints.ipynb #8c8c716e
+def _try_to_write(path: Path) -> None:
+    "Find out now, rather than after the first epoch, whether a file can be written there; nothing is left of it."
+    trial, new = path.with_name(f"{path.name}.try"), not path.parent.exists()
+    try:
+        with whole_file(trial):
+            pass
+        trial.unlink()
+        if new:
+            path.parent.rmdir()
+        if path.is_dir():
+            raise IsADirectoryError(None, "is a folder")
+    except OSError as error:
+        raise PermissionError(f"checkpoint {path} cannot be written ({error.strerror or error}). Remedy: a file in a folder that you may write to.") from error
+
+# %% ../nbs/05_checkpoints.ipynb #1afed41f
 class Checkpoint(keras.callbacks.Callback):
     """Write a `State` after every epoch; go on from it where `fit` begins.
 
@@ -249,14 +264,7 @@ class Checkpoint(keras.callbacks.Callback):
     def __init__(self, path: str | Path, fingerprint: str):
         super().__init__()
         self.path, self.fingerprint = Path(path), fingerprint
-        try:  # now rather than after the first epoch
-            with whole_file(self.path.with_name(f"{self.path.name}.try")):
-                pass
-            self.path.with_name(f"{self.path.name}.try").unlink()
-            if self.path.is_dir():
-                raise IsADirectoryError(None, "is a folder")
-        except OSError as error:
-            raise PermissionError(f"checkpoint {path} cannot be written ({error.strerror or error}). Remedy: a file in a folder that you may write to.") from error
+        _try_to_write(self.path)
         self.state = read_state(path, fingerprint)
         self.phase, self.others, self.rows = "", [], []
 
