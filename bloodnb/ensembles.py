@@ -29,8 +29,9 @@ __all__ = ['FEWEST_ROWS', 'SMALLEST', 'METHODS', 'ENSEMBLE_PARAMETERS', 'Part', 
            'read_members', 'check_members', 'held_back', 'fitting_rows', 'test_rows', 'WeightedMean', 'fit_weights',
            'LogisticStack', 'fit_logistic', 'DenseStack', 'fit_dense', 'Method', 'check_method', 'fit_combination',
            'cross_fit', 'check_folds', 'score_members', 'plot_scores', 'diversity_table', 'any_right',
-           'compare_with_best', 'write_ensemble', 'write_parts', 'shared_record', 'Ensemble', 'read_combination',
-           'load_ensemble']
+           'compare_with_best', 'validation_rows', 'pictures_to_judge', 'compare_methods', 'member_table',
+           'weight_table', 'ensemble_metrics', 'write_ensemble', 'write_parts', 'shared_record', 'Ensemble',
+           'read_combination', 'load_ensemble']
 
 # %% ../nbs/08_ensembles.ipynb #9d2da132
 class Part(NamedTuple):
@@ -641,17 +642,85 @@ def compare_with_best(rows: Rows, y_prob: np.ndarray, names: Sequence[str], by: 
     Returns
     -------
     dict
-        best_member, chosen_on ("val" or "test"), only_member and only_ensemble (pictures that only that one gets right), p_value.
+        best_member, chosen_on ("validation" or "the same pictures"), only_member and only_ensemble (pictures that only that one gets right), p_value.
     """
     judged = rows if by is None else by
     best = int((judged.y_prob.argmax(2) == judged.y_true).mean(1).argmax())
     found = _mcnemar(rows.y_true, rows.y_prob[best].argmax(1), y_prob.argmax(1))
-    return {"best_member": names[best], "chosen_on": "test" if by is None else "val", "only_member": found["only_a"], "only_ensemble": found["only_b"], "p_value": found["p_value"]}
+    return {"best_member": names[best], "chosen_on": "the same pictures" if by is None else "validation", "only_member": found["only_a"], "only_ensemble": found["only_b"], "p_value": found["p_value"]}
 
-# %% ../nbs/08_ensembles.ipynb #2f1c80db
+# %% ../nbs/08_ensembles.ipynb #47b2ff2a
 # What nbs/ensemble.ipynb takes.
 ENSEMBLE_PARAMETERS = ("runs", "method", "output", "overwrite", "folds", "seed")
 
+def validation_rows(members: Sequence[Member], method: str) -> Rows | None:
+    """Validation pictures for a method: `fitting_rows` if it is fitted, else as many as all members held back (None if there are none)."""
+    if METHODS[check_method(method)].fitted:
+        return fitting_rows(members)
+    index = held_back(members)
+    return _select(members, "val", index) if len(index) else None
+
+def pictures_to_judge(val: Rows | None, test: Rows | None) -> tuple[str, Rows]:
+    """The pictures on which members are compared before the test is looked at: ("validation", val), or without any ("test", test); ValueError if there are neither."""
+    if val is None and test is None:
+        raise ValueError("the members share neither validation nor test pictures, so there is nothing to measure on; wanted one of the two. Remedy: train them with the same seed, or give all the same -p test_data.")
+    return ("validation", val) if val is not None else ("test", test)
+
+def compare_methods(method: str, rows: Rows | None, folds: int = 5, seed: int = 0) -> dict[str, np.ndarray]:
+    """What the chosen method and the others but for the slow one, "dense", say of validation pictures, cross-fitted; fitted ones only where pictures suffice."""
+    if rows is None:
+        return {}
+    others = [name for name in METHODS if name != "dense" and (not METHODS[name].fitted or len(rows.index) >= FEWEST_ROWS)]
+    return {name: cross_fit(name, rows, folds, seed) for name in [*others, *([method] if method not in others else [])]}
+
+def member_table(members: Sequence[Member]) -> pd.DataFrame:
+    """The members at a glance: recipe, backbone, seed, and how many pictures each was trained, validated and tested on."""
+    rows = {}
+    for member in members:
+        choices = member.record.get("choices", {})
+        counts = {part: len(member.parts[part].index) if part in member.parts else 0 for part in ("val", "test")}
+        rows[member.name] = {"recipe": member.record.get("recipe", ""), "backbone": choices.get("backbone", ""), "seed": member.record.get("seed", ""), "train": len(member.trained_on), **counts}
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+# %% ../nbs/08_ensembles.ipynb #381b590a
+def weight_table(combination: WeightedMean | LogisticStack | DenseStack, names: Sequence[str]) -> pd.DataFrame:
+    """How much each member counts: its weight, or for logistic stacking how strongly, on average, its logarithm of a class's probability speaks for that class.
+
+    For dense stacking, which has no such number, the change of the ensemble's probabilities (mean absolute, 0..1) when the member is sure of one class instead of undecided.
+    """
+    m = len(names)
+    if isinstance(combination, WeightedMean):
+        return pd.DataFrame({"weight": combination.weights}, index=list(names))
+    if isinstance(combination, LogisticStack):
+        k = len(combination.intercept)
+        own = [np.trace(combination.coefficients[:, i * k : (i + 1) * k]) / k for i in range(m)]
+        return pd.DataFrame({"own class": own}, index=list(names))
+    k = combination.model.output.shape[1]
+    undecided = np.full((m, k, k), 1 / k)
+    moved = [combination.combine(np.where(np.arange(m)[:, None, None] == i, np.eye(k), undecided)) for i in range(m)]
+    return pd.DataFrame({"effect": [np.abs(now - combination.combine(undecided)).mean() for now in moved]}, index=list(names))
+
+def ensemble_metrics(method: str, names: Sequence[str], val: tuple[Rows, np.ndarray] | None, test: tuple[Rows, np.ndarray] | None) -> dict[str, Any]:
+    """`metrics.json` of an ensemble: as of a training, and beside it the members' scores and McNemar's test.
+
+    Parameters
+    ----------
+    method : str
+    names : sequence of str
+        Of the members.
+    val, test : (Rows, y_prob) or None
+        What the ensemble says of the pictures, of validation ones from `cross_fit`. The main scores are those of the test, if there is one.
+    """
+    parts = {name: part for name, part in (("val", val), ("test", test)) if part is not None}
+    scores = {name: evaluate(rows.y_true, y_prob) for name, (rows, y_prob) in parts.items()}
+    tables = {part: score_members(rows, names, {})[["n", "accuracy", "balanced_accuracy", "macro_f1", "log_loss"]] for part, (rows, _) in parts.items()}
+    of_members = {name: {part: table.loc[name].to_dict() for part, table in tables.items()} for name in names}
+    measured = "test" if "test" in parts else "val"
+    chosen_by = val[0] if measured == "test" and val is not None else None
+    return {"part": measured, "method": method, **scores[measured], "val": {**scores["val"], "cross_fitted": METHODS[method].fitted} if val is not None else None,
+            "members": of_members, "mcnemar": compare_with_best(*parts[measured], names, chosen_by)}
+
+# %% ../nbs/08_ensembles.ipynb #2f1c80db
 def _member_entry(member: Member, output: Path) -> dict[str, Any]:
     "What `ensemble.json` says of a member; its path counts from the ensemble's folder."
     try:
