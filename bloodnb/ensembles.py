@@ -434,11 +434,13 @@ def _side_by_side(y_prob: np.ndarray) -> np.ndarray:
 def fit_logistic(y_prob: np.ndarray, y_true: np.ndarray, C: float = 0.03) -> LogisticStack:
     """Fit a `LogisticStack` (parameters as `fit_weights`; C as in scikit-learn: smaller is tamer). A class that is not in `y_true` is never predicted."""
     from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits  # scikit-learn's own dependency
 
     k, there = y_prob.shape[2], np.unique(y_true)
     if len(there) < 2:
         raise ValueError(f"the validation pictures are all of {len(there)} class; wanted two or more classes to tell apart. Remedy: -p method average.")
-    fitted = LogisticRegression(C=C, max_iter=5000).fit(_side_by_side(np.log(np.clip(y_prob, SMALLEST, 1))), y_true)
+    with threadpool_limits(1):  # so small a problem is slowed by threads, twentyfold on a busy machine
+        fitted = LogisticRegression(C=C, max_iter=5000).fit(_side_by_side(np.log(np.clip(y_prob, SMALLEST, 1))), y_true)
     coefficients, intercept = np.zeros((k, len(y_prob) * k)), np.full(k, -1e3)
     two = len(there) == 2  # scikit-learn then keeps the row of the second class alone
     coefficients[there], intercept[there] = (np.vstack([0 * fitted.coef_, fitted.coef_]), np.append(0, fitted.intercept_)) if two else (fitted.coef_, fitted.intercept_)
@@ -582,7 +584,7 @@ def score_members(rows: Rows, names: Sequence[str], ensembles: Mapping[str, np.n
 def plot_scores(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """Draw accuracies with their intervals, a panel for each table of `score_members` (by the name of its pictures, such as "validation")."""
     rows = max(len(table) for table in tables.values())
-    fig, axes = plt.subplots(1, len(tables), figsize=(4.2 * len(tables) + 1, 0.34 * rows + 1.2), layout="constrained", sharey=True, squeeze=False)
+    fig, axes = plt.subplots(1, len(tables), figsize=(4.2 * len(tables) + 1, 0.34 * rows + 1.2), layout="constrained", sharex=True, sharey=True, squeeze=False)
     plt.close(fig)  # out of pyplot's hands, or a notebook would show it twice
     for ax, (name, table) in zip(axes[0], tables.items()):
         for at, row in enumerate(table.itertuples()):
