@@ -485,7 +485,9 @@ def fit_dense(y_prob: np.ndarray, y_true: np.ndarray, units: Sequence[int] = (12
         x = keras.layers.Dense(n, activation="relu")(x)
     model = keras.Model(said, keras.layers.Dense(k, activation="softmax")(x), name="meta_model")
     model.compile(optimizer=keras.optimizers.Adam(1e-3), loss="sparse_categorical_crossentropy")
-    model.fit(_side_by_side(y_prob).astype(np.float32), np.asarray(y_true), epochs=epochs, batch_size=batch_size, verbose=0)
+    rng = np.random.default_rng(seed)
+    order = np.concatenate([rng.permutation(len(y_true)) for _ in range(epochs)])  # all epochs in one: beginning one costs Keras more than so small a net's training
+    model.fit(_side_by_side(y_prob).astype(np.float32)[order], np.asarray(y_true)[order], epochs=1, batch_size=batch_size, shuffle=False, verbose=0)
     return DenseStack(model)
 
 # %% ../nbs/08_ensembles.ipynb #0a92974a
