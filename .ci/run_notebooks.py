@@ -17,7 +17,11 @@ from nbclient import NotebookClient
 from papermill import execute_notebook
 
 ROOT = Path(__file__).resolve().parent.parent
-DEMO = {"train.ipynb": {"recipe": "demo"}}
+DEMO = {"train.ipynb": {"recipe": "demo"}, "ensemble.ipynb": {"runs": "_runs/*", "method": "log_pool"}}
+# Jobs that read what others left: those run first, in the same folder.
+SMALL = {"data": "drawn:n=600,seed=1", "recipe": "demo", "image_size": 32, "epochs": 8}
+TRAININGS = [("train", {**SMALL, "backbone": f"{name}_0.25", "output": f"_runs/{name}"}) for name in ("SiumGPT_CNN", "Backpropagators_CNN", "MobileNet")]
+BEFORE = {"ensemble.ipynb": TRAININGS, "compare.ipynb": [*TRAININGS, ("ensemble", {"runs": "_runs/*", "output": "_runs/ensemble"})]}
 # TensorFlow's start-up lines go to stderr whatever its settings (tensorflow issue 100442), with process ids in them.
 NOISE = re.compile(r"absl::InitializeLog|^[IWE]0000 ", re.M)
 
@@ -31,6 +35,8 @@ def run_library(path: Path):
 def run_job(path: Path):
     notebook = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory() as folder:
+        for job, parameters in BEFORE.get(path.name, []):
+            execute_notebook(path.with_name(f"{job}.ipynb"), None, parameters, cwd=folder, kernel_name="python3", progress_bar=False)
         done = execute_notebook(path, None, {**DEMO.get(path.name, {}), "output": "_runs/demo"}, cwd=folder, kernel_name="python3", progress_bar=False)
     cells = [cell for cell in done.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
     for cell, ran in zip(notebook.cells, cells, strict=True):

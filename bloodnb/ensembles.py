@@ -464,7 +464,7 @@ class DenseStack:
         """For `ensemble.json`; the model itself is `meta.keras` beside it."""
         return {"kind": "dense", "units": [layer.units for layer in self.model.layers if hasattr(layer, "units")]}
 
-def fit_dense(y_prob: np.ndarray, y_true: np.ndarray, units: Sequence[int] = (128, 64), epochs: int = 60, batch_size: int = 64, seed: int = 0) -> DenseStack:
+def fit_dense(y_prob: np.ndarray, y_true: np.ndarray, units: Sequence[int] = (128, 64), epochs: int = 30, batch_size: int = 64, seed: int = 0) -> DenseStack:
     """Fit the meta-model of Team Name's report: dense layers with ReLU, and a last one with softmax.
 
     Parameters
