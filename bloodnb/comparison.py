@@ -219,7 +219,7 @@ class Runs:
         lines = [f"{len(self.table)} finished runs with scores, {drawn} of them on drawn cells", *(f"{n} of the job {job}" for job, n in self.others.items())]
         lines += [f"{len(self.unfinished)} unfinished: {', '.join(self.unfinished)}"] if self.unfinished else []
         lines += [f"{len(self.broken)} cannot be read:", *(f"  {name}: {why}" for name, why in self.broken.items())] if self.broken else []
-        lines += [f"{len(self.lost)} evaluations of runs that are not here: {', '.join(self.lost)}"] if self.lost else []
+        lines += [f"evaluations of runs that are not here: {', '.join(self.lost)}"] if self.lost else []
         return "\n".join(lines)
 
 # %% ../nbs/10_comparison.ipynb #54f67d24
@@ -370,8 +370,9 @@ def _plot_against(ax: Axes, table: pd.DataFrame, against: str, labels: int) -> N
         ax.vlines(x, rows["shifted"], y, color=colour, linewidth=0.8, linestyle=":")
         ax.plot(x, rows["shifted"], "o", markerfacecolor="white", color=colour, markersize=5)
         named = rows[_unbeaten(x, y, against in LOWER_IS_BETTER)]
-        for (at, accuracy), same in list(named.groupby([against, "accuracy"])["run"])[-labels:]:  # equal runs share a name
-            ax.annotate(same.iloc[0] + (f" and {len(same) - 1} more" if len(same) > 1 else ""), (at, accuracy), xytext=(4, -9), textcoords="offset points", fontsize=7)
+        for j, ((at, accuracy), same) in enumerate(list(named.groupby([against, "accuracy"])["run"])[-labels:]):  # equal runs share a name
+            label = same.iloc[0] + (f" and {len(same) - 1} more" if len(same) > 1 else "")
+            ax.annotate(label, (at, accuracy), xytext=(4, -9 if j % 2 else 5), textcoords="offset points", fontsize=7)
     ax.set(xscale="log", xlabel=_AXES[against], ylabel="accuracy")
     ax.margins(x=0.12)
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
