@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DEMO = {"train.ipynb": {"recipe": "demo"}, "ensemble.ipynb": {"runs": "_runs/*", "method": "log_pool"}}
 # Jobs that read what others left: those run first, in the same folder.
 SMALL = {"data": "drawn:n=600,seed=1", "recipe": "demo", "image_size": 32, "epochs": 8}
-TRAININGS = [("train", {**SMALL, "backbone": f"{name}_0.25", "output": f"_runs/{name}"}) for name in ("SiumGPT_CNN", "Backpropagators_CNN", "MobileNet")]
+TRAININGS = [("train", {**SMALL, "backbone": f"SiumGPT_CNN_{width}", "output": f"_runs/width_{width}"}) for width in (0.125, 0.25, 0.5)]
 BEFORE = {"ensemble.ipynb": TRAININGS, "compare.ipynb": [*TRAININGS, ("ensemble", {"runs": "_runs/*", "output": "_runs/ensemble"})]}
 # TensorFlow's start-up lines go to stderr whatever its settings (tensorflow issue 100442), with process ids in them.
 NOISE = re.compile(r"absl::InitializeLog|^[IWE]0000 ", re.M)
