@@ -373,11 +373,13 @@ def _plot_against(ax: Axes, table: pd.DataFrame, against: str, labels: int) -> N
         for j, ((at, accuracy), same) in enumerate(list(named.groupby([against, "accuracy"])["run"])[-labels:]):  # equal runs share a name
             label = same.iloc[0] + (f" and {len(same) - 1} more" if len(same) > 1 else "")
             ax.annotate(label, (at, accuracy), xytext=(4, -9 if j % 2 else 5), textcoords="offset points", fontsize=7)
-    ax.set(xscale="log", xlabel=_AXES[against], ylabel="accuracy")
-    ax.margins(x=0.12)
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.set(xlabel=_AXES[against], ylabel="accuracy")
+    ax.margins(x=0.15)
+    if there[against].max() > 8 * there[against].min():
+        ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_minor_formatter(NullFormatter())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.grid(color="0.92")
     ax.spines[["top", "right"]].set_visible(False)
 
