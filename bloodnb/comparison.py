@@ -243,6 +243,7 @@ def _sort_out(folders: Sequence[Path], base: Path) -> tuple[dict, dict, list, di
             broken[name] = str(error)
     return rows, at, evaluations, others, broken
 
+# %% ../nbs/10_comparison.ipynb #678dddbf
 def read_runs(folder: str | Path, suite: str | None = None) -> Runs:
     """All runs below a folder as one table.
 
@@ -380,6 +381,7 @@ def _plot_against(ax: Axes, table: pd.DataFrame, against: str, labels: int) -> N
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.xaxis.set_minor_formatter(NullFormatter())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    ax.tick_params(axis="x", labelsize=8)
     ax.grid(color="0.92")
     ax.spines[["top", "right"]].set_visible(False)
 
