@@ -11,6 +11,7 @@ import os
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,8 +22,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from .data import CLASS_NAMES, CellImages, unknown_name
-from .evaluation import evaluate, wilson_interval
-from .runs import Run, file_sha256
+from .evaluation import average_views, evaluate, mcnemar, wilson_interval
+from .runs import Run, file_sha256, load_predictor, read_run, read_split, train_counts
+from .shifts import operations_in
 
 # %% auto #0
 __all__ = ['FEWEST_ROWS', 'SMALLEST', 'METHODS', 'ENSEMBLE_PARAMETERS', 'Part', 'Rows', 'Member', 'read_member', 'find_members',
@@ -30,8 +32,9 @@ __all__ = ['FEWEST_ROWS', 'SMALLEST', 'METHODS', 'ENSEMBLE_PARAMETERS', 'Part', 
            'LogisticStack', 'fit_logistic', 'DenseStack', 'fit_dense', 'Method', 'check_method', 'fit_combination',
            'cross_fit', 'check_folds', 'score_members', 'plot_scores', 'diversity_table', 'any_right',
            'compare_with_best', 'validation_rows', 'pictures_to_judge', 'compare_methods', 'member_table',
-           'weight_table', 'ensemble_metrics', 'write_ensemble', 'write_parts', 'shared_record', 'Ensemble',
-           'read_combination', 'load_ensemble']
+           'weight_table', 'ensemble_metrics', 'write_ensemble', 'write_parts', 'first_reads', 'shared_record',
+           'Ensemble', 'read_combination', 'load_ensemble', 'SavedClassifier', 'split_of', 'trained_shares', 'load_any',
+           'find_classifier']
 
 # %% ../nbs/08_ensembles.ipynb #9d2da132
 class Part(NamedTuple):
@@ -91,22 +94,12 @@ def _check_part(where: str, part: Part) -> None:
         raise ValueError(f"{where}: y_prob has shape {y_prob.shape}; wanted ({n}, {k}), probabilities that sum to 1 in each row.")
 
 # %% ../nbs/08_ensembles.ipynb #a847a4b7
-_WANTED = ("run.json", "metrics.json", "predictions.npz", "split.csv")
-
 def _check_finished(folder: Path) -> dict[str, Any]:
     "`run.json` of a finished training run."
-    missing = [name for name in _WANTED if not (folder / name).is_file()]
-    if missing:
-        beside = sorted(p.parent.name for p in folder.parent.glob("*/predictions.npz")) if folder.parent.is_dir() else []
-        raise FileNotFoundError(f"{folder} is no finished training run: it has no {', '.join(missing)}. Wanted the folder of one; beside it are {', '.join(beside) or 'none'}.")
     try:
-        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        job = record.get("job", "train")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{folder}: run.json is damaged ({error}). Remedy: leave this run out, or make it anew.") from None
-    if job != "train":
-        raise ValueError(f"{folder} was left by the job {job}; wanted runs of train. Remedy: name the runs of single models{', those of the ensemble one by one' if job == 'ensemble' else ''}.")
-    return record
+        return read_run(folder, wants=("predictions.npz", "split.csv"))
+    except ValueError as error:
+        raise ValueError(f"{error} Remedy: leave this run out, make it anew, or name the runs of an ensemble one by one.") from None
 
 def _read_parts(folder: Path) -> dict[str, Part]:
     try:
@@ -621,14 +614,6 @@ def any_right(rows: Rows) -> float:
     return float((rows.y_prob.argmax(2) == rows.y_true).any(0).mean())
 
 # %% ../nbs/08_ensembles.ipynb #48aa4267
-def _mcnemar(y_true: np.ndarray, y_pred_a: np.ndarray, y_pred_b: np.ndarray) -> dict[str, float]:
-    "McNemar's test (1947, doi:10.1007/BF02295996) in its exact, binomial form: pictures that only one of two classifiers gets right, and the p-value."
-    from scipy.stats import binomtest
-
-    right_a, right_b = y_pred_a == y_true, y_pred_b == y_true
-    a, b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
-    return {"only_a": a, "only_b": b, "p_value": float(binomtest(a, a + b).pvalue) if a + b else 1.0}
-
 def compare_with_best(rows: Rows, y_prob: np.ndarray, names: Sequence[str], by: Rows | None = None) -> dict[str, Any]:
     """An ensemble against its best member, by McNemar's test.
 
@@ -650,8 +635,8 @@ def compare_with_best(rows: Rows, y_prob: np.ndarray, names: Sequence[str], by: 
     """
     judged = rows if by is None else by
     best = int((judged.y_prob.argmax(2) == judged.y_true).mean(1).argmax())
-    found = _mcnemar(rows.y_true, rows.y_prob[best].argmax(1), y_prob.argmax(1))
-    return {"best_member": names[best], "chosen_on": "the same pictures" if by is None else "validation", "only_member": found["only_a"], "only_ensemble": found["only_b"], "p_value": found["p_value"]}
+    found = mcnemar(rows.y_true, rows.y_prob[best].argmax(1), y_prob.argmax(1))
+    return {"best_member": names[best], "chosen_on": "the same pictures" if by is None else "validation", "only_member": found["first_only"], "only_ensemble": found["second_only"], "p_value": found["p_value"]}
 
 # %% ../nbs/08_ensembles.ipynb #47b2ff2a
 # What nbs/ensemble.ipynb takes.
@@ -732,7 +717,7 @@ def _member_entry(member: Member, output: Path) -> dict[str, Any]:
     except ValueError:  # another drive
         folder = str(member.folder)
     return {"name": member.name, "folder": folder, "model_sha256": file_sha256(member.folder / "model.keras"), "predictions_sha256": file_sha256(member.folder / "predictions.npz"),
-            "background": member.record.get("choices", {}).get("background", "keep")}
+            "background": member.record.get("choices", {}).get("background", "keep"), "tta": member.record.get("choices", {}).get("tta", "none")}
 
 def write_ensemble(run: Run, method: str, members: Sequence[Member], combination: WeightedMean | LogisticStack | DenseStack) -> None:
     """Write `ensemble.json`, and for dense stacking `meta.keras`, into a run folder, and record members and size in `run.json`.
@@ -764,6 +749,11 @@ def write_parts(path: Path, **parts: tuple[Rows, np.ndarray]) -> None:
         arrays |= {f"{name}_index": rows.index, f"{name}_y_true": rows.y_true.astype(np.uint8), f"{name}_y_prob": np.asarray(y_prob, np.float32)}
     np.savez_compressed(path, **arrays)
 
+def first_reads(members: Sequence[Member], n: int) -> list[dict[str, Any]]:
+    """What an ensemble keeps as `test_reads`: that it was measured on the test pictures of its members (see `bloodnb.runs.log_read`), n of them."""
+    reads = [read for member in members for read in member.record.get("test_reads", [])[:1]]
+    return [{**reads[0], "job": "ensemble", "n": n, "when": datetime.now(UTC).isoformat(timespec="seconds")}] if reads and n else []
+
 def shared_record(members: Sequence[Member]) -> dict[str, Any]:
     """What the members' `run.json` have in common and an ensemble's wants too: data, data_sha256, notice (of drawn cells)."""
     first = members[0].record
@@ -777,19 +767,19 @@ class Ensemble:
     Attributes
     ----------
     method : str
-    names, backgrounds : list of str
-        Of the members; what becomes of the background before each looks (`bloodnb.cleaning.set_background`).
+    names, backgrounds, views : list of str
+        Of the members; what becomes of the background before each looks (`bloodnb.cleaning.set_background`), and how it looks (`bloodnb.evaluation.TTA`).
     models : list of keras.Model
     combination : WeightedMean, LogisticStack or DenseStack
     image_size : int
         Side in pixels of the photos that it takes.
     """
 
-    def __init__(self, method: str, names: list[str], backgrounds: list[str], models: list, combination: Any, image_size: int):
-        self.method, self.names, self.backgrounds, self.models, self.combination, self.image_size = method, names, backgrounds, models, combination, image_size
+    def __init__(self, method: str, names: list[str], backgrounds: list[str], views: list[str], models: list, combination: Any, image_size: int):
+        self.method, self.names, self.backgrounds, self.views, self.models, self.combination, self.image_size = method, names, backgrounds, views, models, combination, image_size
 
-    def predict(self, images: np.ndarray, batch_size: int = 128) -> np.ndarray:
-        """Probabilities, float32 (n, n_classes), of photos uint8 (n, image_size, image_size, 3), RGB, 0..255."""
+    def predict(self, images: np.ndarray, batch_size: int = 128, tta: str | None = None) -> np.ndarray:
+        """Probabilities, float32 (n, n_classes), of photos uint8 (n, image_size, image_size, 3), RGB, 0..255; `tta` overrules the members' views."""
         from bloodnb.cleaning import set_background
         from bloodnb.training import predict
 
@@ -797,7 +787,8 @@ class Ensemble:
         if np.ndim(images) != 4 or np.shape(images)[1:] != wanted or len(images) == 0:
             raise ValueError(f"images have shape {np.shape(images)}; wanted (n, {', '.join(map(str, wanted))}) with n of 1 or more.")
         treated = {background: set_background(CellImages(images), background).images for background in set(self.backgrounds)}
-        said = [predict(model, treated[background], batch_size) for model, background in zip(self.models, self.backgrounds)]
+        said = [average_views(lambda x: predict(model, x, batch_size), treated[background], tta or views)
+                for model, background, views in zip(self.models, self.backgrounds, self.views)]
         return self.combination.combine(np.stack(said).astype(float)).astype(np.float32)
 
 # %% ../nbs/08_ensembles.ipynb #0ee82963
@@ -812,6 +803,19 @@ def read_combination(described: dict[str, Any], folder: Path) -> WeightedMean | 
     import keras
 
     return DenseStack(keras.saving.load_model(folder / "meta.keras", safe_mode=True))
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    "`ensemble.json` of a finished ensemble."
+    if not (folder / "ensemble.json").is_file() or not (folder / "metrics.json").is_file():
+        raise FileNotFoundError(f"{folder} is no finished ensemble (it has no ensemble.json and metrics.json). Wanted a folder that ensemble.ipynb left.")
+    try:
+        kept = json.loads((folder / "ensemble.json").read_text(encoding="utf-8"))
+        class_names, _ = kept["class_names"], (kept["members"], kept["image_size"], kept["method"], kept["combination"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: ensemble.json is damaged ({error!r}). Remedy: make the ensemble anew.") from None
+    if class_names != list(CLASS_NAMES):
+        raise ValueError(f"{folder} tells apart {', '.join(class_names)}; wanted {', '.join(CLASS_NAMES)}. Remedy: make the ensemble anew.")
+    return kept
 
 def _find_model(folder: Path, entry: dict[str, Any]) -> Path:
     "`model.keras` of a member: where it was, as seen from the ensemble, or else beside the ensemble."
@@ -844,15 +848,106 @@ def load_ensemble(folder: str | Path) -> Ensemble:
     import bloodnb.training  # noqa: F401 - registers the library's layers and optimisers
 
     folder = Path(folder)
-    if not (folder / "ensemble.json").is_file() or not (folder / "metrics.json").is_file():
-        raise FileNotFoundError(f"{folder} is no finished ensemble (it has no ensemble.json and metrics.json). Wanted a folder that ensemble.ipynb left.")
-    try:
-        kept = json.loads((folder / "ensemble.json").read_text(encoding="utf-8"))
-        members, class_names, image_size = kept["members"], kept["class_names"], kept["image_size"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder}: ensemble.json is damaged ({error!r}). Remedy: make the ensemble anew.") from None
-    if class_names != list(CLASS_NAMES):
-        raise ValueError(f"{folder} tells apart {', '.join(class_names)}; wanted {', '.join(CLASS_NAMES)}. Remedy: make the ensemble anew.")
+    kept = _read_description(folder)
+    members, image_size = kept["members"], kept["image_size"]
     paths = [_find_model(folder, entry) for entry in members]
     models = [keras.saving.load_model(path, safe_mode=True) for path in paths]
-    return Ensemble(kept["method"], [entry["name"] for entry in members], [entry["background"] for entry in members], models, read_combination(kept["combination"], folder), image_size)
+    said = {key: [entry.get(key, "none") for entry in members] for key in ("name", "background", "tta")}
+    return Ensemble(kept["method"], *said.values(), models, read_combination(kept["combination"], folder), image_size)
+
+# %% ../nbs/08_ensembles.ipynb #ff3d6d3b
+@dataclass(frozen=True, eq=False)
+class SavedClassifier:
+    """A finished training run or ensemble, as the jobs that measure a classifier or hand it in meet it; made by `find_classifier`.
+
+    Attributes
+    ----------
+    folder : Path
+    record : dict
+        Its `run.json`.
+    runs : list of Path
+        The training runs in it: its members, or itself.
+    records : list of dict
+        Their `run.json`.
+    """
+
+    folder: Path
+    record: dict[str, Any]
+    runs: list[Path]
+    records: list[dict[str, Any]]
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the photos that it takes."""
+        return self.records[0]["choices"]["image_size"]
+
+    @property
+    def tta(self) -> str:
+        """Views that it averages: a key of `bloodnb.evaluation.TTA`, or "as members" where these differ."""
+        views = {record["choices"].get("tta", "none") for record in self.records}
+        return views.pop() if len(views) == 1 else "as members"
+
+    def describe(self) -> str:
+        """A line that says what it is."""
+        said = [f"{record['choices']['backbone']}, recipe {record['recipe']}" for record in self.records]
+        return said[0] if self.record["job"] == "train" else f"{self.record['method']} of {len(said)}: {'; '.join(said)}"
+
+    def operations(self) -> set[str]:
+        """Names of all augmenting operations that it was trained with, by any of its members."""
+        return set().union(*(operations_in(record["pipeline"]) for record in self.records if record["choices"].get("engine", "bloodnb") == "bloodnb"))
+
+# %% ../nbs/08_ensembles.ipynb #520468e7
+def split_of(classifier: SavedClassifier) -> pd.DataFrame:
+    """`split.csv` of a classifier (see `bloodnb.runs.split_table`); of an ensemble, a picture is in the test only if it is there for every member, and in training if it is so for one."""
+    tables = [read_split(run) for run in classifier.runs]
+    table = tables[0]
+    parts = pd.concat([other.set_index("index")["part"].reindex(table["index"]) for other in tables], axis=1).to_numpy()
+    for part, holds in (("test", parts == "test"), ("train", parts == "train")):
+        at = holds.all(1) if part == "test" else holds.any(1)
+        table.loc[(table["part"] == part) & ~at, "part"] = "val"
+        table.loc[at, "part"] = part
+    return table
+
+def trained_shares(classifier: SavedClassifier) -> np.ndarray:
+    """The class shares that a classifier's probabilities lean to: of its training pictures, or equal ones where they were balanced or weighted; float (n_classes,), sum 1.
+
+    Raises
+    ------
+    ValueError
+        If some members were balanced and others were not.
+    """
+    even = {record["choices"]["balance"] != "none" or bool(record["choices"]["class_weight"]) for record in classifier.records}
+    if len(even) > 1:
+        raise ValueError(f"{classifier.folder}: some members were trained on balanced classes and others were not, so no one mix of classes is behind it. Remedy: -p prior trained.")
+    counts = np.ones(len(CLASS_NAMES)) if even.pop() else sum(train_counts(run) for run in classifier.runs)
+    return counts / counts.sum()
+
+def load_any(classifier: SavedClassifier, tta: str | None = None) -> Callable[[np.ndarray], np.ndarray]:
+    """Its `predict`: pictures uint8 (n, height, width, 3), RGB, 0..255, of its `image_size`, to probabilities (n, n_classes); `tta` overrules the views that it was made for."""
+    if classifier.record["job"] == "train":
+        return load_predictor(classifier.folder, tta)
+    ensemble = load_ensemble(classifier.folder)
+    return lambda images: ensemble.predict(images, tta=tta)
+
+# %% ../nbs/08_ensembles.ipynb #90593b41
+def find_classifier(folder: str | Path) -> SavedClassifier:
+    """The classifier that a job's `run` means.
+
+    Parameters
+    ----------
+    folder : path
+        A finished run of train.ipynb or ensemble.ipynb.
+
+    Raises
+    ------
+    FileNotFoundError
+        If it is no finished run, a file is missing, or a member is gone.
+    ValueError
+        If it is the run of another job, or damaged.
+    """
+    record, folder = read_run(folder, jobs=("train", "ensemble")), Path(str(folder))
+    wants = ("model.keras", "split.csv")
+    if record["job"] == "train":
+        return SavedClassifier(folder, read_run(folder, wants=wants), [folder], [record])
+    runs = [_find_model(folder, entry).parent for entry in _read_description(folder)["members"]]
+    return SavedClassifier(folder, record, runs, [read_run(run, wants=wants) for run in runs])

@@ -165,7 +165,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "frozen": {"epochs": 0, "head_epochs": 40},
     "scratch": {"weights": "none", **FROM_SCRATCH},
-    "robust": {"augmentation": "robust", "epochs": 12},
+    "robust": {"augmentation": "robust", "validation": "homework", "epochs": 20, "patience": 20, "unfreeze": 1.0, "normalization": "updated"},
     "demo": {"weights": "none", **FROM_SCRATCH, "backbone": "MobileNet_0.25", "image_size": 64, "epochs": 12, "learning_rate": 1e-2},
     **{name: row.choices for name, row in REPORTS.items()},
 }

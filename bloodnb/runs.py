@@ -304,12 +304,14 @@ def first_read(cells: CellImages, trainings: int = 1) -> list[dict[str, Any]]:
     """What a training run keeps as `test_reads`: that its models were measured on these test pictures. `log_read` adds to it."""
     return [{"data_sha256": sha256(cells), "when": _now(), "job": "train", "n": len(cells), "trainings": trainings}]
 
-def load_predictor(folder: str | Path) -> Callable[[np.ndarray], np.ndarray]:
+def load_predictor(folder: str | Path, tta: str | None = None) -> Callable[[np.ndarray], np.ndarray]:
     """The classifier of a finished training run, as a function that does to pictures what the run did to its own.
 
     Parameters
     ----------
     folder : path
+    tta : {"none", "flips", "symmetries"}, optional
+        Views to average; by default those of the run's recipe.
 
     Returns
     -------
@@ -322,12 +324,14 @@ def load_predictor(folder: str | Path) -> Callable[[np.ndarray], np.ndarray]:
         As `read_run`, or if `model.keras` cannot be read.
     """
     from bloodnb.cleaning import set_background
+    from bloodnb.evaluation import average_views
     from bloodnb.models import load_classifier
     from bloodnb.training import predict
 
     choices = read_run(folder, wants=("model.keras",))["choices"]
     model = load_classifier(Path(str(folder)) / "model.keras")
-    return lambda images: predict(model, set_background(CellImages(images), choices["background"]).images)
+    views = tta or choices.get("tta", "none")
+    return lambda images: average_views(lambda x: predict(model, x), set_background(CellImages(images), choices["background"]).images, views)
 
 # %% ../nbs/10_runs.ipynb #0262ea26
 def check_flags(**flags: Any) -> None:

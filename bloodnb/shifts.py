@@ -26,8 +26,7 @@ from .operations import Operation
 # %% auto #0
 __all__ = ['ALEXNET_CLEAN_ERROR', 'ALEXNET_ERRORS', 'EVALUATE_PARAMETERS', 'PRIORS', 'VALIDATIONS', 'operations_in',
            'seen_corruptions', 'evaluate_suite', 'summarize_suite', 'suite_scores', 'suites_table', 'plot_suite',
-           'check_suites', 'check_settings', 'not_trained_on', 'priors_for', 'reweighing', 'validation_set',
-           'rank_correlations']
+           'check_suites', 'check_settings', 'not_trained_on', 'reweighing', 'validation_set', 'rank_correlations']
 
 # %% ../nbs/06_shifts.ipynb #de27c796
 def operations_in(pipeline: Operation | Mapping | str) -> set[str]:
@@ -220,9 +219,9 @@ def check_suites(suites: str | None) -> list[str]:
             raise ValueError(unknown_name("suite", word, [*SUITES, "all", "none"]))
     return list(dict.fromkeys(words))
 
-def check_settings(suites: str | None, tta: str, prior: str, seed: Any) -> dict[str, Any]:
+def check_settings(suites: str | None, tta: str | None, prior: str, seed: Any) -> dict[str, Any]:
     """The settings of an evaluation, checked; ValueError that names what was got and wanted."""
-    if tta not in TTA:
+    if tta is not None and tta not in TTA:
         raise ValueError(unknown_name("tta", tta, TTA))
     if prior not in PRIORS:
         raise ValueError(unknown_name("prior", prior, PRIORS))
@@ -265,26 +264,21 @@ def not_trained_on(cells: CellImages, data_sha256: str, record: Mapping, split_t
 # %% ../nbs/06_shifts.ipynb #29c77e46
 PRIORS = ("trained", "uniform", "estimated")
 
-def priors_for(prior: str, record: Mapping, counts: np.ndarray) -> np.ndarray | None:
-    """The class shares that a run's probabilities lean to, float (n_classes,), or None where `prior` asks for no change.
+def reweighing(prior: str, shares: np.ndarray, y_prob: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """What to do with probabilities, as a function of them.
 
     Parameters
     ----------
     prior : {"trained", "uniform", "estimated"}
-    record : dict
-        The run's `run.json`.
-    counts : ndarray of int, shape (n_classes,)
-        Of its training pictures (`bloodnb.runs.train_counts`).
+    shares : ndarray of float, shape (n_classes,)
+        Of the classes in training (`bloodnb.ensembles.trained_shares`).
+    y_prob : ndarray of float, shape (n, n_classes)
+        Of the untouched pictures: from them "estimated" takes the shares that it brings the probabilities to.
     """
-    even = record["choices"]["balance"] != "none" or record["choices"]["class_weight"]
-    return None if prior == "trained" else np.ones(len(counts)) / len(counts) if even else counts / counts.sum()
-
-def reweighing(prior: str, priors: np.ndarray | None, y_prob: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """What to do with probabilities, as a function of them: for "estimated", the shares come from `y_prob`, the untouched pictures' (n, n_classes)."""
-    if priors is None:
+    if prior == "trained":
         return lambda probabilities: probabilities
-    new = estimate_priors(y_prob, priors) if prior == "estimated" else None
-    return lambda probabilities: reweight(probabilities, priors, new)
+    new = estimate_priors(y_prob, shares) if prior == "estimated" else None
+    return lambda probabilities: reweight(probabilities, shares, new)
 
 # %% ../nbs/06_shifts.ipynb #c9a8c64c
 VALIDATIONS = ("clean", *SUITES)

@@ -25,6 +25,22 @@ def run_job(job: str, folder: Path, environment: dict | None = None, **parameter
     return subprocess.run(job_command(job, **parameters), cwd=folder, env=job_environment(environment), capture_output=True, text=True, timeout=900)
 
 
+def settings_error(job: str, **parameters) -> Exception | None:
+    """What a job's cells raise with these parameters before the cell that starts the run, in this process and the current folder: a kernel for each of many wrong settings would take minutes."""
+    sources = [cell.source for cell in nbformat.read(ROOT / "nbs" / f"{job}.ipynb", as_version=4).cells if cell.cell_type == "code"]
+    injected = "# Parameters\n" + "\n".join(f"{name} = {str(value)!r}" if isinstance(value, Path) else f"{name} = {value!r}" for name, value in parameters.items())
+    before = sources[:next(i for i, source in enumerate(sources) if "start_run(" in source)]
+    ran: list[str] = []
+    names = {"In": ran, "__name__": "__main__"}
+    for source in [before[0], injected, *before[1:]]:
+        ran.append(source)
+        try:
+            exec(source, names)
+        except Exception as error:
+            return error
+    return None
+
+
 train_command, train, clean = partial(job_command, "train"), partial(run_job, "train"), partial(run_job, "clean")
 
 

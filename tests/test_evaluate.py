@@ -10,7 +10,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-from jobs import ROOT, SMALL, cells_run, files_of, run_job, train
+from jobs import ROOT, SMALL, cells_run, files_of, run_job, settings_error, train
 
 from bloodnb import corruptions, evaluation, runs, shifts
 from bloodnb import data as cell_data
@@ -82,15 +82,20 @@ def test_every_look_is_written_down(folder, tmp_path):
 @pytest.mark.parametrize("wanted, given", [
     (["unknown parameter 'suite'", "'suites'"], {"suite": "homework"}), (["unknown suite 'homewrok'", "'homework'"], {"suites": "homewrok"}),
     (["beside it are ['run', 'seen', 'untouched']"], {"run": "rnu"}), (["is a run of evaluate"], {"run": "seen"}), (["tta", "'flips'"], {"tta": "flip"}),
-    (["no file or folder"], {"data": "nowhere.zip"}), (["seed is -1"], {"seed": -1}), (["full is 'yes'"], {"full": "yes"}), (["entries in it"], {"output": "seen"}),
+    (["no data source 'nowhere.zip'"], {"data": "nowhere.zip"}), (["seed is -1"], {"seed": -1}), (["full is 'yes'"], {"full": "yes"}),
 ])
-def test_what_cannot_work_is_refused_before_data_is_read(folder, wanted, given):
+def test_what_cannot_work_is_refused_before_data_is_read(folder, monkeypatch, wanted, given):
+    monkeypatch.chdir(folder)
+    error = settings_error("evaluate", **{"run": "run", "output": "new", **given})
+    assert error is not None and all(word in str(error) for word in wanted), error
+
+
+def test_refusal_leaves_nothing(folder):
     before = files_of(folder)
-    job = evaluate(folder, **{"run": "run", "output": "new", **given})
-    assert job.returncode != 0 and all(word in job.stderr for word in wanted), job.stderr[-2000:]
-    assert len(cells_run(folder / "out.ipynb")) <= 5 and not (folder / "new").exists()
-    shutil.rmtree(folder / "new", ignore_errors=True)
-    assert {name for name in files_of(folder) if name != "out.ipynb"} == {name for name in before if name != "out.ipynb"}
+    job = evaluate(folder, run="run", output="seen")
+    assert job.returncode != 0 and "entries in it" in job.stderr, job.stderr[-2000:]
+    assert not any("cell_data.load(" in source for source in cells_run(folder / "out.ipynb")[:-1])
+    assert {name: content for name, content in files_of(folder).items() if name != "out.ipynb"} == {name: content for name, content in before.items() if name != "out.ipynb"}
 
 
 @pytest.mark.skipif(not (REAL / "chula_96.zip").exists(), reason=f"the other laboratory's photos are not in {REAL.name}/ (BLOODNB_DATA)")
