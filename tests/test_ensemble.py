@@ -1,7 +1,6 @@
 """Ensembles and comparisons as a shell makes them: what the jobs leave, that other processes read it, and that no ensemble is fitted on what a member has learned."""
 import ast
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-from jobs import ROOT, SMALL, cells_run, files_of, job_environment, run_job, train
+from jobs import ROOT, SMALL, files_of, job_environment, run_job, settings_error, train
 
 from bloodnb import comparison, ensembles
 from bloodnb import data as cell_data
@@ -110,21 +109,14 @@ def of_another_split(run: Path, folder: Path) -> Path:
     return folder
 
 
-def refusal(job: subprocess.CompletedProcess) -> str:
-    """The error that ended a job."""
-    assert job.returncode != 0, "the job was not refused"
-    return [line for line in job.stderr.splitlines() if re.match(r"\w*(Error|Exception): ", line)][-1]
-
-
-def test_members_that_trained_on_the_others_validation_are_refused(runs, tmp_path):
+def test_members_that_trained_on_the_others_validation_are_refused(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     other = of_another_split(runs / "bare", tmp_path / "other_seed")
-    job = run_job("ensemble", tmp_path, runs=f"{runs}/narrow,{other}", method="log_pool", output="out")
-    message = refusal(job)
+    message = str(settings_error("ensemble", runs=f"{runs}/narrow,{other}", method="log_pool", output="out"))
     held = len(arrays_of(runs / "narrow")["val_index"])
     assert f"only 4 validation pictures were held back by all members; wanted at least {ensembles.FEWEST_ROWS}" in message, message
     assert f"other_seed was trained on {held - 4} of the {held} validation pictures of narrow" in message and "Remedy" in message
-    assert {path.name for path in tmp_path.iterdir()} == {"out.ipynb", "other_seed"}, "nothing is left"
-    assert "ensembles.validation_rows(" in cells_run(tmp_path / "out.ipynb")[-1], "refused in the first cell that looks at the members"
+    assert {path.name for path in tmp_path.iterdir()} == {"other_seed"}, "nothing is left"
 
 
 def test_members_that_trained_on_the_test_are_refused(runs, tmp_path):
@@ -136,9 +128,14 @@ def test_members_that_trained_on_the_test_are_refused(runs, tmp_path):
         ensembles.read_members([runs / "narrow", tmp_path / "peeped"])
 
 
-def test_a_misspelt_method_is_refused_before_members_are_read(tmp_path):
-    job = run_job("ensemble", tmp_path, runs="nowhere", method="logistics")
-    assert "Did you mean 'logistic'" in refusal(job) and {path.name for path in tmp_path.iterdir()} == {"out.ipynb"}
+@pytest.mark.parametrize("job, wanted, given", [
+    ("ensemble", "Did you mean 'logistic'", {"runs": "nowhere", "method": "logistics"}), ("ensemble", "no finished training run 'nowhere'", {"runs": "nowhere"}),
+    ("ensemble", "folds is 1", {"runs": "nowhere", "folds": 1}), ("ensemble", "unknown parameter 'mehtod'", {"mehtod": "average"}), ("ensemble", "overwrite is 'yes'", {"overwrite": "yes"}),
+    ("compare", "no folder 'nowhere'", {"runs": "nowhere"}), ("compare", "Did you mean 'accuracy'", {"sort": "acuracy"}),
+])
+def test_wrong_settings_are_refused_before_members_are_read(tmp_path, monkeypatch, job, wanted, given):
+    monkeypatch.chdir(tmp_path)
+    assert wanted in str(settings_error(job, **given)) and not list(tmp_path.iterdir())
 
 
 def test_comparison_reads_what_is_there(runs, stack, tmp_path):

@@ -12,7 +12,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-from jobs import NO_NETWORK, ROOT, SMALL, cells_run, files_of, train
+from jobs import NO_NETWORK, ROOT, SMALL, cells_run, files_of, settings_error, train
 
 from bloodnb import data as cell_data
 from bloodnb import recipes
@@ -226,18 +226,22 @@ def refusal(folder: Path, environment: dict | None = None, **parameters) -> str:
 
 
 @pytest.mark.parametrize(("name", "value", "near"), [
-    ("epohcs", 3, "'epochs'"),
     ("recipe", "demoo", "'demo'"),
     ("backbone", "MobilNetV2", "'MobileNetV2'"),
     ("optimizer", "adm", "'adam'"),
     ("augmentation", "robustt", "'robust'"),
     ("data", "drawm", "'drawn'"),
 ])
-def test_unknown_name_is_refused_with_the_nearest(tmp_path, name, value, near):
-    message = refusal(tmp_path, **SMALL | {name: value})
-    assert (name if name == "epohcs" else value) in message and f"Did you mean {near}" in message
-    reached = cells_run(tmp_path / "out.ipynb")
-    assert "recipes.resolve_recipe(" in reached[-1], "refused in the settings' cell, before a model is built or data are read"
+def test_unknown_name_is_refused_with_the_nearest(tmp_path, monkeypatch, name, value, near):
+    monkeypatch.chdir(tmp_path)
+    message = str(settings_error("train", **SMALL | {name: value}))
+    assert value in message and f"Did you mean {near}" in message and not list(tmp_path.iterdir())
+
+
+def test_unknown_parameter_is_refused_with_the_nearest(tmp_path):
+    message = refusal(tmp_path, **SMALL | {"epohcs": 3})
+    assert "epohcs" in message and "Did you mean 'epochs'" in message
+    assert "recipes.resolve_recipe(" in cells_run(tmp_path / "out.ipynb")[-1], "refused in the settings' cell, before a model is built or data are read"
 
 
 def test_output_that_cannot_be_written_is_refused(tmp_path):
