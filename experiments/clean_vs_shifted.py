@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from bloodnb import ensembles, shifts
+from bloodnb.data import load, take
+
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {
     "MobileNetV2": "mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224_no_top.h5",
@@ -44,6 +47,14 @@ def papermill(job: str, output: Path, **parameters) -> None:
     subprocess.run([sys.executable, "-m", "papermill", ROOT / "nbs" / f"{job}.ipynb", output.with_suffix(".ipynb"), "--no-progress-bar", *words], check=True, cwd=ROOT)
 
 
+def shifted_validation(path: Path, data: str) -> float:
+    """Accuracy of a run on its own validation pictures, each under one corruption of the suite homework: what can be measured at home."""
+    run = ensembles.find_classifier(path)
+    table = ensembles.split_of(run)
+    cells = shifts.validation_set(take(load(data, run.image_size), table.loc[table["part"] == "val", "index"].to_numpy()), "homework")
+    return float((ensembles.load_any(run)(cells.images).argmax(1) == cells.labels).mean())
+
+
 def main(data: str, test_data: str, weights: str) -> None:
     folder = ROOT / "_runs" / "clean_vs_shifted"
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,7 +65,8 @@ def main(data: str, test_data: str, weights: str) -> None:
         papermill("evaluate", path.with_name(f"{path.name}-shifted"), run=path, data=Path(test_data).resolve())
         metrics = json.loads((path.with_name(f"{path.name}-shifted") / "metrics.json").read_text())
         validation = json.loads((path / "metrics.json").read_text())["val"]
-        rows[name] = {"validation": validation["accuracy"], "clean": metrics["accuracy"], **{suite: one["accuracy"] for suite, one in metrics["suites"].items()}}
+        rows[name] = {"validation": validation["accuracy"], "validation_shifted": shifted_validation(path, data), "clean": metrics["accuracy"],
+                      **{suite: one["accuracy"] for suite, one in metrics["suites"].items()}, "composed": metrics["suites"]["homework"]["corruptions"]["composed"]["accuracy"]}
         print(name, {key: round(value, 3) for key, value in rows[name].items()}, flush=True)
         pd.DataFrame.from_dict(rows, orient="index").rename_axis("run").round(4).to_csv(ROOT / "experiments" / "clean_vs_shifted.csv")
 
