@@ -25,8 +25,6 @@ FROZEN = {"recipe": "frozen", "replicates": 2}
 # name: parameters of nbs/train.ipynb
 RUNS = {
     "frozen MobileNetV2": {"backbone": "MobileNetV2", **FROZEN},
-    "frozen MobileNetV2, in_model": {"backbone": "MobileNetV2", **FROZEN, "augmentation": "in_model"},
-    "frozen MobileNetV2, robust": {"backbone": "MobileNetV2", **FROZEN, "augmentation": "robust"},
     **{f"frozen {backbone}{', ' + augmentation if augmentation != 'none' else ''}": {"backbone": backbone, **FROZEN, "augmentation": augmentation}
        for backbone in ("MobileNetV2_0.35", "MobileNet_0.25") for augmentation in ("none", "in_model", "machine_dumbening", "deepdrive", "robust")},
     "frozen MobileNet_0.25, background removed": {"backbone": "MobileNet_0.25", **FROZEN, "background": "remove"},
