@@ -26,7 +26,8 @@ from .operations import Operation
 # %% auto #0
 __all__ = ['ALEXNET_CLEAN_ERROR', 'ALEXNET_ERRORS', 'EVALUATE_PARAMETERS', 'PRIORS', 'VALIDATIONS', 'operations_in',
            'seen_corruptions', 'evaluate_suite', 'summarize_suite', 'suite_scores', 'suites_table', 'plot_suite',
-           'check_suites', 'check_settings', 'not_trained_on', 'reweighing', 'validation_set', 'rank_correlations']
+           'check_suites', 'check_settings', 'not_trained_on', 'reweighing', 'validation_set', 'rank_correlations',
+           'plot_predictors']
 
 # %% ../nbs/06_shifts.ipynb #de27c796
 def operations_in(pipeline: Operation | Mapping | str) -> set[str]:
@@ -325,3 +326,46 @@ def rank_correlations(scores: pd.DataFrame, target: str, n_bootstrap: int = 2000
         drawn = [np.corrcoef(x[at], y[at])[0, 1] for at in draws if np.ptp(x[at]) and np.ptp(y[at])]
         rows[name] = [spearmanr(x, y).statistic, *(np.quantile(drawn, (0.025, 0.975)) if drawn else (np.nan, np.nan)), kendalltau(x, y).statistic]
     return pd.DataFrame.from_dict(rows, orient="index", columns=["spearman", "low", "high", "kendall"]).rename_axis(f"predicts {target}")
+
+# %% ../nbs/06_shifts.ipynb #054fb9c6
+def plot_predictors(scores: pd.DataFrame, target: str, kinds: Mapping[str, str] | None = None) -> Figure:
+    """Each score of a table of runs against the one to be predicted, with the rank correlation above it.
+
+    Parameters
+    ----------
+    scores : DataFrame
+        A row per run, a column per score, 0..1.
+    target : str
+        The column on the vertical axes.
+    kinds : mapping of str to str, optional
+        For each run the group that its colour shows.
+
+    Returns
+    -------
+    Figure
+
+    Raises
+    ------
+    ValueError
+        As `rank_correlations`.
+    """
+    found = rank_correlations(scores, target)
+    fig, axes = plt.subplots(1, len(found), figsize=(0.6 + 2.5 * len(found), 3.3), sharey=True, layout="constrained", squeeze=False)
+    plt.close(fig)
+    groups = pd.Series(dict(kinds) if kinds else "runs", index=scores.index)
+    for ax, (name, row) in zip(axes[0], found.iterrows()):
+        for marker, (group, runs) in zip("os^Dv<>P", scores.groupby(groups, sort=False)):
+            ax.plot(100 * runs[name], 100 * runs[target], marker, ms=5, alpha=0.8, label=group)
+        ax.axline((90, 90), slope=1, color="0.7", lw=1, zorder=0)
+        ax.set(xlabel=f"{name.replace('_', ' ')}, %", xlim=_limits(scores[name]), ylim=_limits(scores[target]))
+        ax.set_title(f"Spearman {row['spearman']:.2f} ({row['low']:.2f} to {row['high']:.2f})", fontsize=9)
+        ax.grid(color="0.92")
+    axes[0, 0].set_ylabel(f"{target.replace('_', ' ')}, %")
+    if kinds:
+        fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize=8, frameon=False)
+    return fig
+
+def _limits(values: pd.Series) -> tuple[float, float]:
+    "A little more than the values span, in per cent."
+    room = 0.05 * (values.max() - values.min()) + 0.005
+    return 100 * (values.min() - room), 100 * (values.max() + room)

@@ -92,6 +92,22 @@ def test_ensemble_says_the_same_in_a_fresh_process(stack, tmp_path):
     np.testing.assert_allclose(np.load(tmp_path / "again.npy"), said["test_y_prob"], atol=1e-4)
 
 
+def test_ensemble_is_measured_like_a_run(stack, tmp_path):
+    """Of its members' data, the test part that all kept; with the members' views and backgrounds; and the look is written into its own run.json."""
+    shutil.copytree(stack, stack.parent / "measured")
+    job = run_job("evaluate", tmp_path, run=stack.parent / "measured", suites="held_out", prior="uniform", output="out")
+    assert job.returncode == 0, job.stderr
+    said, again = arrays_of(stack), arrays_of(tmp_path / "out")
+    metrics, kept = read_json(tmp_path / "out" / "metrics.json"), read_json(stack.parent / "measured" / "run.json")
+    assert sorted(again["test_index"]) == sorted(said["test_index"]) and metrics["suites"]["held_out"]["looks"] == 9 * metrics["n"] and metrics["tta"] == "none"
+    assert [read["job"] for read in kept["test_reads"]] == ["ensemble", "evaluate"] and metrics["reads"] == 2
+    order = np.argsort(again["test_index"])
+    shares = ensembles.trained_shares(ensembles.find_classifier(stack))
+    weighted = said["test_y_prob"][np.argsort(said["test_index"])] / shares
+    np.testing.assert_allclose(again["test_y_prob"][order], weighted / weighted.sum(1, keepdims=True), atol=1e-3)
+    shutil.rmtree(stack.parent / "measured")
+
+
 def of_another_split(run: Path, folder: Path) -> Path:
     """The run as it would be with another seed: it has trained on what `run` holds back, but for a few pictures, and validated on others."""
     shutil.copytree(run, folder)
