@@ -36,10 +36,11 @@ from .submission_model import BATCH, TTA, build_network, views
 from .training import predict
 
 # %% auto #0
-__all__ = ['ENGINES', 'SUBMIT_PARAMETERS', 'model_text', 'PlainNetwork', 'probe_pictures', 'plain_network', 'lanczos_matrix',
-           'blur_kernel', 'TrainedModel', 'read_run', 'check_choice', 'expected_probabilities', 'submission_files',
-           'write_zip', 'try_submission', 'compare_labels', 'build_submission', 'TrialPictures', 'trial_pictures',
-           'read_size', 'check_onnx', 'onnx_bytes', 'compare_engines', 'plot_submission', 'check_submit']
+__all__ = ['ENGINES', 'SUBMIT_PARAMETERS', 'model_text', 'PlainNetwork', 'probe_pictures', 'is_half', 'plain_network',
+           'lanczos_matrix', 'blur_kernel', 'TrainedModel', 'read_run', 'check_choice', 'prepare_images',
+           'expected_probabilities', 'submission_files', 'write_zip', 'try_submission', 'compare_labels',
+           'build_submission', 'TrialPictures', 'trial_pictures', 'read_size', 'check_onnx', 'onnx_bytes',
+           'compare_engines', 'write_onnx', 'plot_submission', 'check_submit', 'run_notice', 'readme_of']
 
 # %% ../nbs/12_submission.ipynb #e1f31181
 def model_text() -> str:
@@ -124,16 +125,16 @@ def _add_model(model: keras.Model, source: int, network: PlainNetwork) -> int:
         for layer in model.layers:
             source = _add_layer(layer, [source], network)
         return source
-    config, at = model.get_config(), {}
+    config, at, layers = model.get_config(), {}, {layer.name: layer for layer in model.layers}
     for entry in config["layers"]:
         nodes = entry["inbound_nodes"]
         if not nodes:  # the input
             at[entry["name"]] = source
             continue
         names = _sources(nodes[0]["args"][:1])
-        if len(nodes) > 1 or not names or _sources([nodes[0]["args"][1:], nodes[0]["kwargs"]]) or not isinstance(model.get_layer(entry["name"]), keras.Layer):
+        if len(nodes) > 1 or not names or _sources([nodes[0]["args"][1:], nodes[0]["kwargs"]]) or entry["name"] not in layers:
             raise ValueError(f"{entry['name']} in {model.name} is used more than once, or is no layer; a submission cannot hold it. Wanted a model of bloodnb.models.classifier.")
-        at[entry["name"]] = _add_layer(model.get_layer(entry["name"]), [at[name] for name in names], network)
+        at[entry["name"]] = _add_layer(layers[entry["name"]], [at[name] for name in names], network)
     return at[np.ravel(config["output_layers"])[0]]
 
 # %% ../nbs/12_submission.ipynb #246156c6
@@ -141,6 +142,10 @@ def probe_pictures(side: int) -> np.ndarray:
     """Two pictures uint8 (2, side, side, 3) of soft random colours, the same ones always, by which a network is known again."""
     rough = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
     return np.stack([cv2.resize(picture, (side, side), interpolation=cv2.INTER_CUBIC) for picture in rough])
+
+def is_half(model: keras.Model) -> bool:
+    """Whether a model computes in half precision (float16 or bfloat16), so that its last digits mean less."""
+    return any("16" in layer.compute_dtype for layer in model._flatten_layers())
 
 def plain_network(model: keras.Model) -> PlainNetwork:
     """A classifier as a list of Keras' own layers, checked: it gives the same probabilities.
@@ -162,9 +167,8 @@ def plain_network(model: keras.Model) -> PlainNetwork:
         raise ValueError(f"the last layer of {model.name} is not its output; wanted a model of bloodnb.models.classifier.")
     pictures = probe_pictures(network.side).astype(np.float32)
     rebuilt = build_network(*network[:2], network.arrays)
-    far = np.abs(np.asarray(rebuilt.predict_on_batch(pictures)) - predict(model, pictures)).max()
-    half = any("16" in layer.compute_dtype for layer in model._flatten_layers())
-    if not far <= (2e-2 if half else 1e-4):
+    far = np.abs(np.subtract(*(keras.ops.convert_to_numpy(one(pictures, training=False)) for one in (rebuilt, model)))).max()
+    if not far <= (2e-2 if is_half(model) else 1e-4):
         raise RuntimeError(f"written as plain layers, {model.name} gives probabilities that differ by {far:.2g}; wanted the same. Please report this model.")
     return network
 
@@ -256,6 +260,11 @@ def check_choice(kind: str, name: str, names: Sequence[str]) -> None:
     if name not in names:
         raise ValueError(f"{kind} is {name!r}: {unknown_name(kind, name, names)}")
 
+def prepare_images(member: TrainedModel, images: np.ndarray) -> np.ndarray:
+    """Pictures uint8 (n, side, side, 3) as a trained model knows them, by the library's loader and background."""
+    fitted = CellImages(np.stack([fit_image(image, member.image_size) for image in images]))
+    return set_background(fitted, member.background).images
+
 def expected_probabilities(members: Sequence[TrainedModel], images: np.ndarray, weights: Sequence[float] | None = None, tta: str = "none") -> np.ndarray:
     """What a submission should say, by the library itself: its loader's resizing, its background, its models.
 
@@ -271,9 +280,8 @@ def expected_probabilities(members: Sequence[TrainedModel], images: np.ndarray, 
     """
     total = 0.0
     for member, share in zip(members, _shares(weights, len(members)), strict=True):
-        fitted = CellImages(np.stack([fit_image(image, member.image_size) for image in images]))
-        seen = set_background(fitted, member.background).images
-        total = total + share * np.mean([predict(member.model, view, BATCH) for view in views(seen, tta)], axis=0, dtype=np.float64)
+        seen = views(prepare_images(member, images), tta)
+        total = total + share * np.mean([predict(member.model, view, BATCH) for view in seen], axis=0, dtype=np.float64)
     return total.astype(np.float32)
 
 # %% ../nbs/12_submission.ipynb #b635c559
@@ -417,12 +425,15 @@ def compare_labels(labels: np.ndarray, y_prob: np.ndarray, tie: float = 1e-3) ->
     return {"n": len(labels), "equal": int(equal.sum()), "ties": int((near & ~equal).sum()), "different": int((~near & ~equal).sum())}
 
 # %% ../nbs/12_submission.ipynb #09d78c17
-def _verified(path: Path, images: np.ndarray, y_prob: np.ndarray) -> dict:
+def _verified(path: Path, images: np.ndarray, y_prob: np.ndarray | None, here, tie: float) -> dict:
+    "Try a zip; `here` is a function that asks the members themselves."
     labels, seconds = try_submission(path, images)
-    agreement = compare_labels(labels, y_prob)
+    agreement = compare_labels(labels, here() if y_prob is None else y_prob, tie)
     if agreement["different"]:
-        raise RuntimeError(f"in a fresh process model.py gave other labels than the run for {agreement['different']} of {agreement['n']} pictures; wanted none. "
-                           "No submission is written. Remedy: train and submit with the same versions (see run.json), or report this.")
+        said = f"in a fresh process model.py gave other labels than the run for {agreement['different']} of {agreement['n']} pictures"
+        if y_prob is None or agreement["different"] > 0.01 * agreement["n"] or compare_labels(labels, here(), tie)["different"]:
+            raise RuntimeError(f"{said}; wanted none. No submission is written. Remedy: train and submit with the same versions (see run.json), or report this.")
+        warnings.warn(f"{said}; so does the run's own model on this machine, which computes otherwise than the one that trained it.", stacklevel=3)
     return {"agreement": agreement, "labels": labels, "seconds": seconds}
 
 def build_submission(members: Sequence[TrainedModel | str | Path], output: str | Path, weights: Sequence[float] | None = None, tta: str = "none", engine: str = "keras",
@@ -459,14 +470,14 @@ def build_submission(members: Sequence[TrainedModel | str | Path], output: str |
         If a choice is unknown or a member cannot be packed; if the trial fails or gives other labels; if nothing can be written there.
     """
     check_choice("tta", tta, list(TTA))
-    members, output = [member if isinstance(member, TrainedModel) else read_run(member) for member in members], Path(output)
+    members, output = [read_run(member) if isinstance(member, (str, Path)) else member for member in members], Path(output)
     images = load("drawn:n=32,seed=0").images if images is None else images
     partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
     try:
         files = submission_files(members, weights, tta, engine)
         _write(partial, files, output)
-        expected = expected_probabilities(members, images, weights, tta) if y_prob is None else y_prob
-        report = {"path": output, "mib": partial.stat().st_size / 2**20, **_verified(partial, images, expected)}
+        tried = _verified(partial, images, y_prob, lambda: expected_probabilities(members, images, weights, tta), 2e-2 if any(is_half(m.model) for m in members) else 1e-3)
+        report = {"path": output, "mib": partial.stat().st_size / 2**20, **tried}
         partial.replace(output)
     finally:
         partial.unlink(missing_ok=True)
@@ -483,14 +494,16 @@ def _write(partial: Path, files: dict[str, bytes], output: Path) -> None:
 
 # %% ../nbs/12_submission.ipynb #92c1e855
 class TrialPictures(NamedTuple):
-    """Pictures uint8 (n, side, side, 3) to try a submission on, what the run said of them (n, n_classes) or None, and where they come from."""
+    """Pictures to try a submission on, without labels; what the run said of them, float (n, n_classes) or None; and where they come from."""
 
-    images: np.ndarray
+    cells: CellImages
     y_prob: np.ndarray | None
     what: str
 
-def _drawn(size: int, seed: int, why: str) -> TrialPictures:
-    return TrialPictures(load(f"drawn:n=200,seed={seed}", size).images, None, f"200 drawn cells ({why})")
+def _some_of(cells: CellImages, at: np.ndarray, at_most: int, y_prob: np.ndarray | None, what: str) -> TrialPictures:
+    "At most so many of the pictures at the given positions, spread evenly; their number goes before `what`."
+    spread = np.linspace(0, len(at) - 1, min(at_most, len(at))).astype(int)
+    return TrialPictures(CellImages(cells.images[at[spread]]), None if y_prob is None else y_prob[spread], f"{len(spread):,} {what}")
 
 def trial_pictures(folder: str | Path, data: str | Path | None = None, at_most: int = 2000, seed: int = 0) -> TrialPictures:
     """Pictures to try a run's submission on: those of its test part (else validation), of the size that it learned from.
@@ -513,25 +526,28 @@ def trial_pictures(folder: str | Path, data: str | Path | None = None, at_most: 
     """
     folder = Path(str(folder))
     kept, size = _run_json(folder), read_size(folder)
-    with np.load(folder / "predictions.npz", allow_pickle=False) as file:
-        part = next((name for name in ("test", "val") if f"{name}_index" in file), None)
-        index, y_prob = (file[f"{part}_index"], file[f"{part}_y_prob"]) if part else (None, None)
+    part, index, y_prob = _kept_predictions(folder)
     source = "test_data" if part == "test" and "test_data" in kept["data"] else "data"
     try:
         cells = load(kept["data"][source] if data is None else data, size)
     except (OSError, ValueError) as error:
         if data is not None:
             raise
-        return _drawn(size, seed, f"{kept['data'][source]} is not at hand: {type(error).__name__}")
+        drawn = load(f"drawn:n=200,seed={seed}", size)
+        return _some_of(drawn, np.arange(200), at_most, None, f"drawn cells ({kept['data'][source]} is not at hand: {type(error).__name__})")
     if part is None or sha256(cells) != kept["data_sha256"][source]:
-        at = np.linspace(0, len(cells) - 1, min(at_most, len(cells))).astype(int)
-        return TrialPictures(cells.images[at], None, f"{len(at):,} pictures of {cells.source}, which the run's predictions are not about")
-    at = np.linspace(0, len(index) - 1, min(at_most, len(index))).astype(int)
-    return TrialPictures(cells.images[positions(cells, index[at])], y_prob[at], f"{len(at):,} of {len(index):,} pictures of the run's {part} part")
+        return _some_of(cells, np.arange(len(cells)), at_most, None, f"pictures of {cells.source}, which the run's predictions are not about")
+    return _some_of(cells, positions(cells, index), at_most, y_prob, f"of {len(index):,} pictures of the run's {part} part")
 
 def read_size(folder: str | Path) -> int:
     """Side in pixels of the pictures that a run learned from, from its `run.json`."""
     return int(_run_json(Path(folder))["choices"]["image_size"])
+
+def _kept_predictions(folder: Path) -> tuple[str | None, np.ndarray | None, np.ndarray | None]:
+    "Of a run's predictions.npz the part that was measured (None if there is none), its index and probabilities."
+    with np.load(folder / "predictions.npz", allow_pickle=False) as file:
+        part = next((name for name in ("test", "val") if f"{name}_index" in file), None)
+        return (part, file[f"{part}_index"], file[f"{part}_y_prob"]) if part else (None, None, None)
 
 # %% ../nbs/12_submission.ipynb #c5deaf60
 def _onnx_runtime():
@@ -604,6 +620,35 @@ def compare_engines(network: PlainNetwork, onnx: bytes, images: np.ndarray, batc
                      "equal labels": float((y_prob.argmax(1) == first.argmax(1)).mean())} for engine, (y_prob, rate) in said.items()}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis(f"{len(images)} images, {batch_size} at a time")
 
+# %% ../nbs/12_submission.ipynb #b7366ee4
+def write_onnx(trained: TrainedModel, path: str | Path, images: np.ndarray) -> pd.DataFrame:
+    """Write a trained model's network as an ONNX file, and hold it against Keras.
+
+    Parameters
+    ----------
+    trained : TrainedModel
+    path : path
+    images : ndarray of uint8, shape (n, 96, 96, 3), or of the model's own size
+
+    Returns
+    -------
+    DataFrame
+        See `compare_engines`.
+
+    Raises
+    ------
+    RuntimeError
+        If a probability differs by more than 0.001 (0.02 for a model that computes in half precision).
+    """
+    network, seen = plain_network(trained.model), prepare_images(trained, images)
+    content = onnx_bytes(network)
+    table = compare_engines(network, content, seen)
+    far = table.loc["ONNX Runtime", "largest difference"]
+    if not far <= (2e-2 if is_half(trained.model) else 1e-3):
+        raise RuntimeError(f"the ONNX network gives probabilities that differ by up to {far:.2g} from Keras'; wanted at most 0.001. Please report this model.")
+    Path(path).write_bytes(content)
+    return table
+
 # %% ../nbs/12_submission.ipynb #4fdb52aa
 def plot_submission(path: str | Path, cells: CellImages, labels: np.ndarray, n: int = 18) -> Figure:
     """What a submission holds, and what it says of some pictures: the class that it gives, in red where the truth is known and another one.
@@ -642,7 +687,7 @@ def plot_submission(path: str | Path, cells: CellImages, labels: np.ndarray, n: 
 # %% ../nbs/12_submission.ipynb #c5af23bf
 SUBMIT_PARAMETERS = ("run", "data", "output", "overwrite", "seed", "tta", "engine", "onnx", "at_most", "warn_above_mib")
 
-def check_submit(run: str | Path | None, tta: str, engine: str, onnx: bool) -> Path:
+def check_submit(run: str | Path | None, tta: str = "none", engine: str = "keras", onnx: bool = False, at_most: int = 2000) -> Path:
     """Refuse settings of the job that cannot be; returns the run's folder.
 
     Raises
@@ -654,9 +699,20 @@ def check_submit(run: str | Path | None, tta: str, engine: str, onnx: bool) -> P
     check_choice("engine", engine, ENGINES)
     if not isinstance(onnx, bool):
         raise ValueError(f"onnx is {onnx!r}; wanted True or False.")
+    if isinstance(at_most, bool) or not isinstance(at_most, int) or at_most < 1:
+        raise ValueError(f"at_most is {at_most!r}; wanted a number of pictures, 1 or more.")
     if run is None:
         raise ValueError("run is None; wanted the folder of a training run: -p run _runs/NAME.")
     _run_json(Path(str(run)))
     if onnx or engine == "onnx":
         check_onnx()
     return Path(str(run))
+
+def run_notice(folder: str | Path) -> str | None:
+    """The warning that a run carries, if it is no result on blood."""
+    return _run_json(Path(folder)).get("notice")
+
+def readme_of(path: str | Path) -> str:
+    """README.txt of a submission."""
+    with zipfile.ZipFile(path) as archive:
+        return archive.read("README.txt").decode()
