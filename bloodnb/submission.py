@@ -73,6 +73,7 @@ def _plain_config(layer: keras.Layer) -> dict[str, Any]:
     dtype = layer.dtype_policy.name
     return config if dtype == "float32" else {**config, "dtype": dtype}
 
+# %% ../nbs/12_submission.ipynb #6df26c0b
 def _plain_layer(layer: keras.Layer) -> list[tuple[str, dict, list]]:
     "A layer in terms of Keras' own: (layer, config, weights), none for one that rests in use."
     kind, weights = type(layer).__name__, [np.asarray(w) for w in layer.get_weights()]
@@ -120,6 +121,7 @@ def _add_layer(layer: keras.Layer, inputs: list[int], network: PlainNetwork) -> 
         inputs = [len(network.steps)]
     return inputs[0]
 
+# %% ../nbs/12_submission.ipynb #73d8add7
 def _add_model(model: keras.Model, source: int, network: PlainNetwork) -> int:
     if isinstance(model, keras.Sequential):
         for layer in model.layers:
@@ -220,6 +222,7 @@ class TrainedModel:
         """Side of the pictures that it learned from, in pixels."""
         return int(self.model.input.shape[1])
 
+# %% ../nbs/12_submission.ipynb #1a06ada7
 def _run_json(folder: Path) -> dict:
     "run.json of a finished training run."
     missing = [name for name in ("run.json", "metrics.json", "model.keras") if not (folder / name).is_file()]
@@ -305,6 +308,7 @@ def _member_files(member: TrainedModel, share: float, number: int, engine: str) 
     entry = {"name": member.name, "engine": engine, "network": name, "arrays": f"member_{number}.npz", "share": share, "image_size": size, "background": member.background}
     return entry, {name: content, f"member_{number}.npz": _npz(arrays)}
 
+# %% ../nbs/12_submission.ipynb #94b4eaa4
 def _readme(settings: dict) -> str:
     members = "".join(f"  {m['name']}: share {m['share']:.3f}, pictures of {m['image_size']} pixels, background {m['background']}, run by {m['engine']}\n" for m in settings["members"])
     versions = f"Python {sys.version_info.major}.{sys.version_info.minor}, Keras {keras.__version__} on {keras.backend.backend()}, NumPy {np.__version__}"
@@ -324,6 +328,7 @@ def submission_files(members: Sequence[TrainedModel], weights: Sequence[float] |
     files = {"model.py": model_text().encode(), "settings.json": (json.dumps(settings, indent=2) + "\n").encode(), "README.txt": _readme(settings).encode()}
     return {name: content for part in (files, *(own for _, own in made)) for name, content in part.items()}
 
+# %% ../nbs/12_submission.ipynb #626c4fc3
 def write_zip(path: Path, files: dict[str, bytes]) -> None:
     """Write files to the top of a zip; the same files give the same bytes."""
     with zipfile.ZipFile(path, "w") as archive:
@@ -365,6 +370,7 @@ def _unpack(path: Path, folder: Path) -> None:
     except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, OSError) as error:
         raise ValueError(f"{path} is no whole zip ({error}); wanted what build_submission writes.") from error
 
+# %% ../nbs/12_submission.ipynb #f8faf2a1
 def try_submission(path: str | Path, images: np.ndarray, timeout: float = 3600) -> tuple[np.ndarray, float]:
     """Ask a submission for labels as the server does: unpacked into an empty folder, in a fresh process without bloodnb.
 
@@ -436,6 +442,7 @@ def _verified(path: Path, images: np.ndarray, y_prob: np.ndarray | None, here, t
         warnings.warn(f"{said}; so does the run's own model on this machine, which computes otherwise than the one that trained it.", stacklevel=3)
     return {"agreement": agreement, "labels": labels, "seconds": seconds}
 
+# %% ../nbs/12_submission.ipynb #def26da9
 def build_submission(members: Sequence[TrainedModel | str | Path], output: str | Path, weights: Sequence[float] | None = None, tta: str = "none", engine: str = "keras",
                      images: np.ndarray | None = None, y_prob: np.ndarray | None = None, warn_above_mib: float = 300) -> dict:
     """Write a submission, after trying it in a fresh process.
@@ -449,7 +456,7 @@ def build_submission(members: Sequence[TrainedModel | str | Path], output: str |
     weights : sequence of float, optional
         Of the members, 0 or more; equal ones by default.
     tta : {"none", "flips", "symmetries"}
-        Test-time augmentation: the mean over 1, 4 or 8 views of each picture.
+        Mean over 1, 4 or 8 views of each picture.
     engine : {"keras", "onnx"}
         What runs the networks on the server; "onnx" wants the extra `onnx` here, and onnxruntime there.
     images : ndarray of uint8, shape (n, 96, 96, 3), or of the members' own size, optional
@@ -469,13 +476,11 @@ def build_submission(members: Sequence[TrainedModel | str | Path], output: str |
     ValueError, RuntimeError, PermissionError
         If a choice is unknown or a member cannot be packed; if the trial fails or gives other labels; if nothing can be written there.
     """
-    check_choice("tta", tta, list(TTA))
     members, output = [read_run(member) if isinstance(member, (str, Path)) else member for member in members], Path(output)
     images = load("drawn:n=32,seed=0").images if images is None else images
     partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
     try:
-        files = submission_files(members, weights, tta, engine)
-        _write(partial, files, output)
+        _write(partial, submission_files(members, weights, tta, engine), output)
         tried = _verified(partial, images, y_prob, lambda: expected_probabilities(members, images, weights, tta), 2e-2 if any(is_half(m.model) for m in members) else 1e-3)
         report = {"path": output, "mib": partial.stat().st_size / 2**20, **tried}
         partial.replace(output)
@@ -485,6 +490,7 @@ def build_submission(members: Sequence[TrainedModel | str | Path], output: str |
         warnings.warn(f"{output} has {report['mib']:.0f} MiB, more than {warn_above_mib:g}: will the server take it? Remedy: a smaller backbone.", stacklevel=2)
     return report
 
+# %% ../nbs/12_submission.ipynb #8ef8412c
 def _write(partial: Path, files: dict[str, bytes], output: Path) -> None:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -505,6 +511,7 @@ def _some_of(cells: CellImages, at: np.ndarray, at_most: int, y_prob: np.ndarray
     spread = np.linspace(0, len(at) - 1, min(at_most, len(at))).astype(int)
     return TrialPictures(CellImages(cells.images[at[spread]]), None if y_prob is None else y_prob[spread], f"{len(spread):,} {what}")
 
+# %% ../nbs/12_submission.ipynb #e94bc272
 def trial_pictures(folder: str | Path, data: str | Path | None = None, at_most: int = 2000, seed: int = 0) -> TrialPictures:
     """Pictures to try a run's submission on: those of its test part (else validation), of the size that it learned from.
 
@@ -539,6 +546,7 @@ def trial_pictures(folder: str | Path, data: str | Path | None = None, at_most: 
         return _some_of(cells, np.arange(len(cells)), at_most, None, f"pictures of {cells.source}, which the run's predictions are not about")
     return _some_of(cells, positions(cells, index), at_most, y_prob, f"of {len(index):,} pictures of the run's {part} part")
 
+# %% ../nbs/12_submission.ipynb #07899e22
 def read_size(folder: str | Path) -> int:
     """Side in pixels of the pictures that a run learned from, from its `run.json`."""
     return int(_run_json(Path(folder))["choices"]["image_size"])

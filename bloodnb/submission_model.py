@@ -215,6 +215,7 @@ def build_network(side, steps, arrays):
         layer.set_weights([own[str(k)] for k in range(len(own))])
     return keras.Model(results[0], results[-1])
 
+# %% ../nbs/12_submission_model.ipynb #284ea2b5
 def load_network(folder, entry, arrays):
     """A function from pictures float32 (n, side, side, 3) to probabilities (n, n_classes), by Keras or by ONNX Runtime.
 
