@@ -52,7 +52,7 @@ def model_text() -> str:
 
 # %% ../nbs/12_submission.ipynb #b6092219
 _AT_REST = ("Dropout", "SpatialDropout2D", "GaussianDropout", "GaussianNoise", "AlphaDropout", "ActivityRegularization", "StochasticDepth")
-_FOR_TRAINING = re.compile(r"(.*_(initializer|regularizer|constraint)|name|trainable|seed|dtype|build_config|quantization_config|autocast)$")
+_FOR_TRAINING = re.compile(r"(.*_(initializer|regularizer|constraint)|name|trainable|seed|momentum|dtype|build_config|quantization_config|autocast)$")
 
 def _plain_scale(scale: str) -> list[tuple[str, dict, list]]:
     "ImageNetScale in layers of Keras' own: (layer, config, weights)."
@@ -111,6 +111,15 @@ def _sources(value: Any) -> list[str]:
     inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
     return [name for item in inside for name in _sources(item)]
 
+def _plain_operation(kind: str, arguments: Sequence) -> keras.Layer | None:
+    "A sum or product that a model writes with an operator (x + y, x * 0.5) as a layer; None for anything else."
+    numbers = [value for value in arguments if isinstance(value, (int, float))]
+    if kind not in ("Add", "Multiply") or len(arguments) != 2:
+        return None
+    if not numbers:
+        return getattr(keras.layers, kind)()
+    return keras.layers.Rescaling(1.0, offset=numbers[0]) if kind == "Add" else keras.layers.Rescaling(numbers[0])
+
 def _add_layer(layer: keras.Layer, inputs: list[int], network: PlainNetwork) -> int:
     "Add a layer, or the layers of a model, to a network; returns where the result stands."
     if isinstance(layer, keras.Model):
@@ -129,14 +138,15 @@ def _add_model(model: keras.Model, source: int, network: PlainNetwork) -> int:
         return source
     config, at, layers = model.get_config(), {}, {layer.name: layer for layer in model.layers}
     for entry in config["layers"]:
-        nodes = entry["inbound_nodes"]
+        name, nodes = entry["name"], entry["inbound_nodes"]
         if not nodes:  # the input
-            at[entry["name"]] = source
+            at[name] = source
             continue
-        names = _sources(nodes[0]["args"][:1])
-        if len(nodes) > 1 or not names or _sources([nodes[0]["args"][1:], nodes[0]["kwargs"]]) or entry["name"] not in layers:
-            raise ValueError(f"{entry['name']} in {model.name} is used more than once, or is no layer; a submission cannot hold it. Wanted a model of bloodnb.models.classifier.")
-        at[entry["name"]] = _add_layer(layers[entry["name"]], [at[name] for name in names], network)
+        arguments, options = nodes[0]["args"], nodes[0]["kwargs"]
+        added = layers.get(name) or _plain_operation(entry["class_name"], arguments)
+        if len(nodes) > 1 or added is None or _sources([arguments[1:] if name in layers else (), options]):
+            raise ValueError(f"{name} in {model.name} is used more than once, or is no layer; a submission cannot hold it. Wanted a model of bloodnb.models.classifier.")
+        at[name] = _add_layer(added, [at[other] for other in _sources(arguments)], network)
     return at[np.ravel(config["output_layers"])[0]]
 
 # %% ../nbs/12_submission.ipynb #246156c6
