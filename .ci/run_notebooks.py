@@ -17,7 +17,12 @@ from nbclient import NotebookClient
 from papermill import execute_notebook
 
 ROOT = Path(__file__).resolve().parent.parent
-DEMO = {"train.ipynb": {"recipe": "demo"}}
+DEMO = {"train.ipynb": {"recipe": "demo"}, "evaluate.ipynb": {"run": "_runs/demo"}, "submit.ipynb": {"run": "_runs/demo"},
+        "ensemble.ipynb": {"runs": "_runs/demo,_runs/wide"}, "compare.ipynb": {"runs": "_runs"}}
+# What must be there before: jobs that are run, and their outputs.
+_FIRST, _SECOND = ("train", {"recipe": "demo", "output": "_runs/demo"}), ("train", {"recipe": "demo", "backbone": "SiumGPT_CNN_0.25", "seed": 1, "output": "_runs/wide"})
+BEFORE = {"evaluate.ipynb": [_FIRST], "submit.ipynb": [_FIRST], "ensemble.ipynb": [_FIRST, _SECOND],
+          "compare.ipynb": [_FIRST, _SECOND, ("evaluate", {"run": "_runs/demo", "output": "_runs/demo-shifted"})]}
 # TensorFlow's start-up lines go to stderr whatever its settings (tensorflow issue 100442), with process ids in them.
 NOISE = re.compile(r"absl::InitializeLog|^[IWE]0000 ", re.M)
 
@@ -31,7 +36,10 @@ def run_library(path: Path):
 def run_job(path: Path):
     notebook = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory() as folder:
-        done = execute_notebook(path, None, {**DEMO.get(path.name, {}), "output": "_runs/demo"}, cwd=folder, kernel_name="python3", progress_bar=False)
+        for job, parameters in BEFORE.get(path.name, []):
+            execute_notebook(path.with_name(f"{job}.ipynb"), None, parameters, cwd=folder, kernel_name="python3", progress_bar=False)
+        output = "_runs/demo" if path.name not in BEFORE else f"_runs/{path.stem}"
+        done = execute_notebook(path, None, {**DEMO.get(path.name, {}), "output": output}, cwd=folder, kernel_name="python3", progress_bar=False)
     cells = [cell for cell in done.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
     for cell, ran in zip(notebook.cells, cells, strict=True):
         if cell.cell_type == "code":
