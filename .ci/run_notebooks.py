@@ -18,11 +18,13 @@ from papermill import execute_notebook
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = {"train.ipynb": {"recipe": "demo"}, "evaluate.ipynb": {"run": "_runs/demo"}, "submit.ipynb": {"run": "_runs/demo"},
-        "ensemble.ipynb": {"runs": "_runs/demo,_runs/wide"}, "compare.ipynb": {"runs": "_runs"}}
-# What must be there before: jobs that are run, and their outputs.
-_FIRST, _SECOND = ("train", {"recipe": "demo", "output": "_runs/demo"}), ("train", {"recipe": "demo", "backbone": "SiumGPT_CNN_0.25", "seed": 1, "output": "_runs/wide"})
-BEFORE = {"evaluate.ipynb": [_FIRST], "submit.ipynb": [_FIRST], "ensemble.ipynb": [_FIRST, _SECOND],
-          "compare.ipynb": [_FIRST, _SECOND, ("evaluate", {"run": "_runs/demo", "output": "_runs/demo-shifted"})]}
+        "ensemble.ipynb": {"runs": "_runs/*", "method": "log_pool"}}
+# Jobs that read what others left: those run first, in the same folder.
+SMALL = {"data": "drawn:n=600,seed=1", "recipe": "demo", "image_size": 32, "epochs": 8}
+TRAININGS = [("train", {**SMALL, "backbone": f"SiumGPT_CNN_{width}", "output": f"_runs/width_{width}"}) for width in (0.125, 0.25, 0.5)]
+_FIRST = ("train", {"recipe": "demo", "output": "_runs/demo"})
+BEFORE = {"evaluate.ipynb": [_FIRST], "submit.ipynb": [_FIRST], "ensemble.ipynb": TRAININGS,
+          "compare.ipynb": [*TRAININGS, ("ensemble", {"runs": "_runs/*", "output": "_runs/ensemble"})]}
 # TensorFlow's start-up lines go to stderr whatever its settings (tensorflow issue 100442), with process ids in them.
 NOISE = re.compile(r"absl::InitializeLog|^[IWE]0000 ", re.M)
 
