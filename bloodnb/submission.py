@@ -16,8 +16,9 @@ import tempfile
 import time
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,19 +29,22 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from . import submission_model
+from . import runs, submission_model
 from .cleaning import BACKGROUNDS, set_background
 from .data import CLASS_NAMES, CellImages, fit_image, load, positions, sha256, unknown_name
-from .models import _BGR_MEAN, _MEAN, _STD, ImageNetScale
-from .submission_model import BATCH, TTA, build_network, views
+from .ensembles import DenseStack, LogisticStack, WeightedMean, _find_model, load_ensemble
+from .evaluation import TTA, average_views
+from .models import _BGR_MEAN, _MEAN, _STD, ImageNetScale, load_classifier
+from .submission_model import BATCH, build_network
 from .training import predict
 
 # %% auto #0
-__all__ = ['ENGINES', 'SUBMIT_PARAMETERS', 'model_text', 'PlainNetwork', 'probe_pictures', 'is_half', 'plain_network',
-           'lanczos_matrix', 'blur_kernel', 'TrainedModel', 'read_run', 'check_choice', 'prepare_images',
-           'expected_probabilities', 'submission_files', 'write_zip', 'try_submission', 'compare_labels',
-           'build_submission', 'TrialPictures', 'trial_pictures', 'read_size', 'check_onnx', 'onnx_bytes',
-           'compare_engines', 'write_onnx', 'plot_submission', 'check_submit', 'run_notice', 'readme_of']
+__all__ = ['Combination', 'ENGINES', 'SUBMIT_PARAMETERS', 'model_text', 'PlainNetwork', 'probe_inputs', 'is_half',
+           'plain_network', 'lanczos_matrix', 'blur_kernel', 'TrainedModel', 'check_choice', 'read_record',
+           'read_trained', 'prepare_images', 'expected_probabilities', 'submission_files', 'write_zip',
+           'try_submission', 'compare_labels', 'build_submission', 'TrialPictures', 'trial_pictures', 'read_size',
+           'check_onnx', 'onnx_bytes', 'compare_engines', 'write_onnx', 'plot_submission', 'check_submit', 'run_notice',
+           'own_views', 'readme_of']
 
 # %% ../nbs/12_submission.ipynb #e1f31181
 def model_text() -> str:
@@ -93,9 +97,9 @@ def _plain_layer(layer: keras.Layer) -> list[tuple[str, dict, list]]:
 
 # %% ../nbs/12_submission.ipynb #7b5160ea
 class PlainNetwork(NamedTuple):
-    """A network as `bloodnb.submission_model.build_network` takes it: side of the pictures, steps, and the weights of each step."""
+    """A network as `bloodnb.submission_model.build_network` takes it: shape of one input, steps, and the weights of each step."""
 
-    side: int
+    shape: tuple[int, ...]
     steps: list[dict]
     weights: list[list[np.ndarray]]
 
@@ -150,22 +154,25 @@ def _add_model(model: keras.Model, source: int, network: PlainNetwork) -> int:
     return at[np.ravel(config["output_layers"])[0]]
 
 # %% ../nbs/12_submission.ipynb #246156c6
-def probe_pictures(side: int) -> np.ndarray:
-    """Two pictures uint8 (2, side, side, 3) of soft random colours, the same ones always, by which a network is known again."""
-    rough = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
-    return np.stack([cv2.resize(picture, (side, side), interpolation=cv2.INTER_CUBIC) for picture in rough])
+def probe_inputs(shape: tuple[int, ...]) -> np.ndarray:
+    """Two inputs (2, *shape) by which a network is known again, always the same ones: uint8 pictures of soft random colours, or, for a meta-model, numbers of 0..1."""
+    rng = np.random.default_rng(0)
+    if len(shape) == 1:
+        return rng.random((2, *shape))
+    rough = rng.integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+    return np.stack([cv2.resize(picture, shape[:2], interpolation=cv2.INTER_CUBIC) for picture in rough])
 
 def is_half(model: keras.Model) -> bool:
     """Whether a model computes in half precision (float16 or bfloat16), so that its last digits mean less."""
     return any("16" in layer.compute_dtype for layer in model._flatten_layers())
 
 def plain_network(model: keras.Model) -> PlainNetwork:
-    """A classifier as a list of Keras' own layers, checked: it gives the same probabilities.
+    """A classifier, or the meta-model of an ensemble, as a list of Keras' own layers, checked: it gives the same probabilities.
 
     Parameters
     ----------
     model : keras.Model
-        From `bloodnb.models.classifier`, in memory or loaded.
+        From `bloodnb.models.classifier` or `bloodnb.ensembles.fit_dense`, in memory or loaded.
 
     Raises
     ------
@@ -174,12 +181,12 @@ def plain_network(model: keras.Model) -> PlainNetwork:
     RuntimeError
         If the list gives other probabilities.
     """
-    network = PlainNetwork(int(model.input.shape[1]), [], [])
+    network = PlainNetwork(tuple(map(int, model.input.shape[1:])), [], [])
     if _add_model(model, 0, network) != len(network.steps):
         raise ValueError(f"the last layer of {model.name} is not its output; wanted a model of bloodnb.models.classifier.")
-    pictures = probe_pictures(network.side).astype(np.float32)
+    given = probe_inputs(network.shape).astype(np.float32)
     rebuilt = build_network(*network[:2], network.arrays)
-    far = np.abs(np.subtract(*(keras.ops.convert_to_numpy(one(pictures, training=False)) for one in (rebuilt, model)))).max()
+    far = np.abs(np.subtract(*(keras.ops.convert_to_numpy(one(given, training=False)) for one in (rebuilt, model)))).max()
     if not far <= (2e-2 if is_half(model) else 1e-4):
         raise RuntimeError(f"written as plain layers, {model.name} gives probabilities that differ by {far:.2g}; wanted the same. Please report this model.")
     return network
@@ -203,7 +210,7 @@ def blur_kernel(side: int, blur: float = 2.0) -> np.ndarray:
 # %% ../nbs/12_submission.ipynb #072ca28c
 @dataclass(frozen=True, eq=False)
 class TrainedModel:
-    """A classifier, and what becomes of the pictures before it sees them.
+    """A classifier, what becomes of the pictures before it sees them, and the views whose mean it gives.
 
     Attributes
     ----------
@@ -211,6 +218,8 @@ class TrainedModel:
         From `bloodnb.models.classifier`.
     background : str
         One of `bloodnb.cleaning.BACKGROUNDS`, as in the run's recipe.
+    tta : str
+        Key of `bloodnb.evaluation.TTA`, as in the run's recipe.
     class_names : tuple of str
     name : str
         For README.txt.
@@ -218,12 +227,13 @@ class TrainedModel:
 
     model: keras.Model
     background: str = "keep"
+    tta: str = "none"
     class_names: tuple[str, ...] = CLASS_NAMES
     name: str = "classifier"
 
     def __post_init__(self):
-        if self.background not in BACKGROUNDS:
-            raise ValueError(unknown_name("background", self.background, BACKGROUNDS))
+        check_choice("background", self.background, BACKGROUNDS)
+        check_choice("tta", self.tta, TTA)
         if self.model.output.shape[1:] != (len(self.class_names),):
             raise ValueError(f"{self.name} gives {self.model.output.shape[1:]} numbers a picture; wanted one for each of {len(self.class_names)} classes.")
 
@@ -232,58 +242,55 @@ class TrainedModel:
         """Side of the pictures that it learned from, in pixels."""
         return int(self.model.input.shape[1])
 
-# %% ../nbs/12_submission.ipynb #1a06ada7
-def _run_json(folder: Path) -> dict:
-    "run.json of a finished training run."
-    missing = [name for name in ("run.json", "metrics.json", "model.keras") if not (folder / name).is_file()]
-    if missing:
-        beside = sorted(p.parent.name for p in folder.parent.glob("*/model.keras")) if folder.parent.is_dir() else []
-        raise FileNotFoundError(f"{folder} is no finished training run (it has no {' and no '.join(missing)}). Wanted the folder that train.ipynb left; beside it are {beside or 'none'}.")
-    try:
-        return json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder / 'run.json'} is damaged ({error}); wanted what train.ipynb wrote.") from error
+def check_choice(kind: str, name: str, names: Sequence[str]) -> None:
+    """Refuse a name that is not among `names`; ValueError with the nearest ones."""
+    if name not in names:
+        raise ValueError(f"{kind} is {name!r}: {unknown_name(kind, name, list(names))}")
 
-def read_run(folder: str | Path) -> TrainedModel:
-    """The trained model of a finished run.
+# %% ../nbs/12_submission.ipynb #1a06ada7
+Combination = WeightedMean | LogisticStack | DenseStack
+
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """`run.json` of a run that can be handed in: a finished training, or an ensemble; errors as `bloodnb.runs.read_run`."""
+    record = runs.read_run(folder, ("train", "ensemble"), ("predictions.npz",))
+    return runs.read_run(folder, (record["job"],), ("model.keras" if record["job"] == "train" else "ensemble.json",))
+
+def read_trained(folder: str | Path) -> tuple[list[TrainedModel], Combination]:
+    """What a run hands in: its trained models, one or those of an ensemble, and their combination.
+
+    Parameters
+    ----------
+    folder : path
+        A finished run of train.ipynb or ensemble.ipynb.
 
     Raises
     ------
     FileNotFoundError, ValueError
-        If the folder is no finished training run, or its `model.keras` is damaged.
+        If it is no such run, or a model of it is gone, damaged, or another one than the ensemble was made of.
     """
     folder = Path(str(folder))
-    kept = _run_json(folder)
-    try:
-        model = keras.saving.load_model(folder / "model.keras", compile=False)
-    except Exception as error:  # Keras, h5py and zipfile each have their own
-        raise ValueError(f"{folder / 'model.keras'} cannot be read ({str(error).splitlines()[0]}). Remedy: copy it again, or train again with -p overwrite True.") from error
-    return TrainedModel(model, kept.get("choices", {}).get("background", "keep"), name=folder.resolve().name)
+    if read_record(folder)["job"] == "train":
+        return [_trained(load_classifier(folder / "model.keras"), folder, folder.resolve().name)], WeightedMean((1.0,))
+    ensemble, entries = load_ensemble(folder), json.loads((folder / "ensemble.json").read_text(encoding="utf-8"))["members"]
+    folders = [_find_model(folder, entry).parent for entry in entries]
+    return [_trained(*member) for member in zip(ensemble.models, folders, ensemble.names, strict=True)], ensemble.combination
+
+def _trained(model: keras.Model, folder: Path, name: str) -> TrainedModel:
+    choices = runs.read_run(folder)["choices"]
+    return TrainedModel(model, choices["background"], choices.get("tta", "none"), name=name)
 
 # %% ../nbs/12_submission.ipynb #98242ae5
-def _shares(weights: Sequence[float] | None, n: int) -> list[float]:
-    "Weights of n members, with a sum of 1."
-    given = np.ones(n) if weights is None else np.asarray(weights, float)
-    if n == 0 or given.shape != (n,) or not np.isfinite(given).all() or (given < 0).any() or given.sum() <= 0:
-        raise ValueError(f"got {n} members with the weights {None if weights is None else list(weights)}; wanted at least one member, and a number of 0 or more for each.")
-    return (given / given.sum()).tolist()
-
-def check_choice(kind: str, name: str, names: Sequence[str]) -> None:
-    """Refuse a name that is not among `names`; ValueError with the nearest ones."""
-    if name not in names:
-        raise ValueError(f"{kind} is {name!r}: {unknown_name(kind, name, names)}")
-
 def prepare_images(member: TrainedModel, images: np.ndarray) -> np.ndarray:
     """Pictures uint8 (n, side, side, 3) as a trained model knows them, by the library's loader and background."""
     fitted = CellImages(np.stack([fit_image(image, member.image_size) for image in images]))
     return set_background(fitted, member.background).images
 
-def expected_probabilities(members: Sequence[TrainedModel], images: np.ndarray, weights: Sequence[float] | None = None, tta: str = "none") -> np.ndarray:
+def expected_probabilities(members: Sequence[TrainedModel], images: np.ndarray, combination: Combination | None = None, tta: str | None = None) -> np.ndarray:
     """What a submission should say, by the library itself: its loader's resizing, its background, its models.
 
     Parameters
     ----------
-    members, weights, tta
+    members, combination, tta
         See `build_submission`.
     images : ndarray of uint8, shape (n, 96, 96, 3), or of the members' own size
 
@@ -291,11 +298,19 @@ def expected_probabilities(members: Sequence[TrainedModel], images: np.ndarray, 
     -------
     ndarray of float32, shape (n, n_classes)
     """
-    total = 0.0
-    for member, share in zip(members, _shares(weights, len(members)), strict=True):
-        seen = views(prepare_images(member, images), tta)
-        total = total + share * np.mean([predict(member.model, view, BATCH) for view in seen], axis=0, dtype=np.float64)
-    return total.astype(np.float32)
+    said = [average_views(partial(predict, member.model, batch_size=BATCH), prepare_images(member, images), tta or member.tta) for member in members]
+    return _checked_combination(members, combination).combine(np.stack(said)).astype(np.float32)
+
+def _checked_combination(members: Sequence[TrainedModel], combination: Combination | None) -> Combination:
+    "The combination, by default the mean; ValueError if it does not fit the members."
+    if not members or len({member.class_names for member in members}) > 1:
+        raise ValueError(f"got members with the classes {sorted({member.class_names for member in members}) or 'none'}; wanted one member or more, of the same classes in the same order.")
+    chosen = WeightedMean((1 / len(members),) * len(members)) if combination is None else combination
+    n = len(members[0].class_names)
+    y_prob = chosen.combine(np.full((len(members), 1, n), 1 / n))  # refuses another number of members
+    if y_prob.shape != (1, n) or not np.abs(y_prob.sum() - 1) < 1e-3 or not y_prob.min() >= 0:
+        raise ValueError(f"combined by {chosen}, members that are undecided give {np.round(y_prob, 3).tolist()}; wanted probabilities. Remedy: weights of 0 or more, with a sum of 1.")
+    return chosen
 
 # %% ../nbs/12_submission.ipynb #b635c559
 ENGINES = ("keras", "onnx")
@@ -305,38 +320,48 @@ def _npz(arrays: dict[str, np.ndarray]) -> bytes:
     np.savez(file, **arrays)
     return file.getvalue()
 
-def _member_files(member: TrainedModel, share: float, number: int, engine: str) -> tuple[dict, dict[str, bytes]]:
-    "A member's entry in settings.json, and its files."
-    network, size, probe = plain_network(member.model), member.image_size, probe_pictures(member.image_size)
-    arrays = {"probe": probe, "probe_y_prob": predict(member.model, probe)}
-    arrays |= {} if size == 96 else {"resize": lanczos_matrix(96, size)}
-    arrays |= {} if member.background == "keep" else {"blur": blur_kernel(size)}
+def _network_files(model: keras.Model, stem: str, engine: str, extra: dict[str, np.ndarray]) -> tuple[dict, dict[str, bytes]]:
+    "What settings.json says of a network, and its files: the network, its weights (with extra arrays), and what it says of two inputs."
+    network, probe = plain_network(model), probe_inputs(tuple(model.input.shape[1:]))
+    arrays = {"probe": probe, "probe_y_prob": keras.ops.convert_to_numpy(model(probe.astype(np.float32), training=False)).astype(np.float32), **extra}
     if engine == "onnx":
-        name, content = f"member_{number}.onnx", onnx_bytes(network)
+        name, content = f"{stem}.onnx", onnx_bytes(network)
     else:
-        name, content, arrays = f"member_{number}.json", json.dumps(network.steps, indent=0).encode(), {**arrays, **network.arrays}
-    entry = {"name": member.name, "engine": engine, "network": name, "arrays": f"member_{number}.npz", "share": share, "image_size": size, "background": member.background}
-    return entry, {name: content, f"member_{number}.npz": _npz(arrays)}
+        name, content, arrays = f"{stem}.json", json.dumps(network.steps, indent=0).encode(), {**arrays, **network.arrays}
+    return {"engine": engine, "network": name, "arrays": f"{stem}.npz", "shape": network.shape}, {name: content, f"{stem}.npz": _npz(arrays)}
+
+def _member_files(member: TrainedModel, number: int, tta: str | None, engine: str) -> tuple[dict, dict[str, bytes]]:
+    "A member's entry in settings.json, and its files."
+    size, chosen = member.image_size, tta or member.tta
+    extra = {} if size == 96 else {"resize": lanczos_matrix(96, size)}
+    extra |= {} if member.background == "keep" else {"blur": blur_kernel(size)}
+    entry, files = _network_files(member.model, f"member_{number}", engine, extra)
+    return {"name": member.name, "background": member.background, "tta": chosen, "views": TTA[chosen], **entry}, files
+
+def _combination_files(combination: Combination, engine: str) -> tuple[dict, dict[str, bytes]]:
+    entry, files = _network_files(combination.model, "combination", engine, {}) if isinstance(combination, DenseStack) else ({}, {})
+    return {**combination.describe(), **entry}, files
 
 # %% ../nbs/12_submission.ipynb #94b4eaa4
 def _readme(settings: dict) -> str:
-    members = "".join(f"  {m['name']}: share {m['share']:.3f}, pictures of {m['image_size']} pixels, background {m['background']}, run by {m['engine']}\n" for m in settings["members"])
+    members = "".join(f"  {m['name']}: pictures of {m['shape'][0]} pixels, background {m['background']}, views of each picture {len(m['views'])} ({m['tta']}), run by {m['engine']}\n"
+                      for m in settings["members"])
+    how = {name: value for name, value in settings["combination"].items() if name in ("kind", "weights", "geometric")}
     versions = f"Python {sys.version_info.major}.{sys.version_info.minor}, Keras {keras.__version__} on {keras.backend.backend()}, NumPy {np.__version__}"
-    return (f"model.py: class Model; Model().predict(X) takes uint8 (n, 96, 96, 3), RGB, and returns labels int64 (n,).\nIt needs NumPy and Keras 3 (onnxruntime for .onnx).\n\n"
-            f"Members\n{members}Test-time augmentation: {settings['tta']}, views of each picture: {TTA[settings['tta']]}\n"
+    return (f"model.py: class Model; Model().predict(X) takes uint8 (n, 96, 96, 3), RGB, and returns labels int64 (n,).\nIt needs NumPy and Keras (onnxruntime for .onnx).\n\n"
+            f"Members\n{members}Combined by: {', '.join(f'{name} {value}' for name, value in how.items()) if len(settings['members']) > 1 else 'one member'}\n"
             f"Labels: {', '.join(f'{i} {name}' for i, name in enumerate(settings['class_names']))}\nMade with {versions}\n")
 
-def submission_files(members: Sequence[TrainedModel], weights: Sequence[float] | None = None, tta: str = "none", engine: str = "keras") -> dict[str, bytes]:
+def submission_files(members: Sequence[TrainedModel], combination: Combination | None = None, tta: str | None = None, engine: str = "keras") -> dict[str, bytes]:
     """The files of a submission by name; see `build_submission` for parameters and errors."""
-    check_choice("tta", tta, list(TTA))
     check_choice("engine", engine, ENGINES)
-    shares, names = _shares(weights, len(members)), {member.class_names for member in members}
-    if len(names) > 1:
-        raise ValueError(f"the members have different classes: {sorted(names)}; wanted the same ones in the same order.")
-    made = [_member_files(member, share, i, engine) for i, (member, share) in enumerate(zip(members, shares), 1)]
-    settings = {"tta": tta, "class_names": list(members[0].class_names), "members": [entry for entry, _ in made]}
+    if tta is not None:
+        check_choice("tta", tta, TTA)
+    entry, more = _combination_files(_checked_combination(members, combination), engine)
+    made = [_member_files(member, i, tta, engine) for i, member in enumerate(members, 1)]
+    settings = {"class_names": list(members[0].class_names), "combination": entry, "members": [own for own, _ in made]}
     files = {"model.py": model_text().encode(), "settings.json": (json.dumps(settings, indent=2) + "\n").encode(), "README.txt": _readme(settings).encode()}
-    return {name: content for part in (files, *(own for _, own in made)) for name, content in part.items()}
+    return {name: content for part in (files, more, *(own for _, own in made)) for name, content in part.items()}
 
 # %% ../nbs/12_submission.ipynb #626c4fc3
 def write_zip(path: Path, files: dict[str, bytes]) -> None:
@@ -453,20 +478,20 @@ def _verified(path: Path, images: np.ndarray, y_prob: np.ndarray | None, here, t
     return {"agreement": agreement, "labels": labels, "seconds": seconds}
 
 # %% ../nbs/12_submission.ipynb #def26da9
-def build_submission(members: Sequence[TrainedModel | str | Path], output: str | Path, weights: Sequence[float] | None = None, tta: str = "none", engine: str = "keras",
+def build_submission(members: Sequence[TrainedModel], output: str | Path, combination: Combination | None = None, tta: str | None = None, engine: str = "keras",
                      images: np.ndarray | None = None, y_prob: np.ndarray | None = None, warn_above_mib: float = 300) -> dict:
     """Write a submission, after trying it in a fresh process.
 
     Parameters
     ----------
-    members : sequence of TrainedModel or path
-        One classifier, or several whose probabilities are averaged; a path is a run's folder.
+    members : sequence of TrainedModel
+        One classifier, or those of an ensemble; `read_trained` gives those of a run.
     output : path
         The zip; it is there only if the trial went well.
-    weights : sequence of float, optional
-        Of the members, 0 or more; equal ones by default.
-    tta : {"none", "flips", "symmetries"}
-        Mean over 1, 4 or 8 views of each picture.
+    combination : WeightedMean, LogisticStack or DenseStack, optional
+        What makes one probability of the members'; by default their mean.
+    tta : {"none", "flips", "symmetries"}, optional
+        Mean over 1, 4 or 8 views of each picture; by default what each member's recipe says.
     engine : {"keras", "onnx"}
         What runs the networks on the server; "onnx" wants the extra `onnx` here, and onnxruntime there.
     images : ndarray of uint8, shape (n, 96, 96, 3), or of the members' own size, optional
@@ -479,32 +504,32 @@ def build_submission(members: Sequence[TrainedModel | str | Path], output: str |
     Returns
     -------
     dict
-        `path`, `mib` (size), `agreement` (see `compare_labels`), `labels` (n,), `seconds` (of `predict` in the fresh process).
+        `path`, `mib` (size), `agreement` (see `compare_labels`), `labels` (n,), `seconds` (of `predict` in the fresh process) and `ms_per_picture`.
 
     Raises
     ------
     ValueError, RuntimeError, PermissionError
         If a choice is unknown or a member cannot be packed; if the trial fails or gives other labels; if nothing can be written there.
     """
-    members, output = [read_run(member) if isinstance(member, (str, Path)) else member for member in members], Path(output)
+    output = Path(output)
     images = load("drawn:n=32,seed=0").images if images is None else images
-    partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
+    unfinished = output.with_name(f"{output.name}.partial-{os.getpid()}")
     try:
-        _write(partial, submission_files(members, weights, tta, engine), output)
-        tried = _verified(partial, images, y_prob, lambda: expected_probabilities(members, images, weights, tta), 2e-2 if any(is_half(m.model) for m in members) else 1e-3)
-        report = {"path": output, "mib": partial.stat().st_size / 2**20, **tried}
-        partial.replace(output)
+        _write(unfinished, submission_files(members, combination, tta, engine), output)
+        tried = _verified(unfinished, images, y_prob, lambda: expected_probabilities(members, images, combination, tta), 2e-2 if any(is_half(m.model) for m in members) else 1e-3)
+        report = {"path": output, "mib": unfinished.stat().st_size / 2**20, **tried, "ms_per_picture": 1000 * tried["seconds"] / len(images)}
+        unfinished.replace(output)
     finally:
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
     if report["mib"] > warn_above_mib:
         warnings.warn(f"{output} has {report['mib']:.0f} MiB, more than {warn_above_mib:g}: will the server take it? Remedy: a smaller backbone.", stacklevel=2)
     return report
 
 # %% ../nbs/12_submission.ipynb #8ef8412c
-def _write(partial: Path, files: dict[str, bytes], output: Path) -> None:
+def _write(unfinished: Path, files: dict[str, bytes], output: Path) -> None:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_zip(partial, files)
+        write_zip(unfinished, files)
     except OSError as error:
         raise PermissionError(f"{output} cannot be written ({error.strerror or error}). Remedy: another output.") from error
 
@@ -523,12 +548,12 @@ def _some_of(cells: CellImages, at: np.ndarray, at_most: int, y_prob: np.ndarray
 
 # %% ../nbs/12_submission.ipynb #e94bc272
 def trial_pictures(folder: str | Path, data: str | Path | None = None, at_most: int = 2000, seed: int = 0) -> TrialPictures:
-    """Pictures to try a run's submission on: those of its test part (else validation), of the size that it learned from.
+    """Pictures to try a run's submission on: those of its test part (else validation), of 96 pixels as on the server where the data allow it.
 
     Parameters
     ----------
     folder : path
-        A finished training run.
+        A finished run of train.ipynb or ensemble.ipynb.
     data : path, optional
         Where its data are now, or other data; by default the source in `run.json`. If that is not at hand: drawn cells.
     at_most : int
@@ -539,27 +564,34 @@ def trial_pictures(folder: str | Path, data: str | Path | None = None, at_most: 
     Raises
     ------
     FileNotFoundError, ValueError
-        If the folder is no finished run, or `data` cannot be read.
+        If the folder is no such run, or `data` cannot be read.
     """
     folder = Path(str(folder))
-    kept, size = _run_json(folder), read_size(folder)
+    kept, size = read_record(folder), read_size(folder)
     part, index, y_prob = _kept_predictions(folder)
-    source = "test_data" if part == "test" and "test_data" in kept["data"] else "data"
+    source = "test_data" if part == "test" and kept["data"].get("test_data") else "data"
     try:
         cells = load(kept["data"][source] if data is None else data, size)
     except (OSError, ValueError) as error:
         if data is not None:
             raise
-        drawn = load(f"drawn:n=200,seed={seed}", size)
-        return _some_of(drawn, np.arange(200), at_most, None, f"drawn cells ({kept['data'][source]} is not at hand: {type(error).__name__})")
+        return _some_of(load(f"drawn:n=200,seed={seed}"), np.arange(200), at_most, None, f"drawn cells ({kept['data'][source]} is not at hand: {type(error).__name__})")
+    seen = _as_on_the_server(cells, size)
     if part is None or sha256(cells) != kept["data_sha256"][source]:
-        return _some_of(cells, np.arange(len(cells)), at_most, None, f"pictures of {cells.source}, which the run's predictions are not about")
-    return _some_of(cells, positions(cells, index), at_most, y_prob, f"of {len(index):,} pictures of the run's {part} part")
+        return _some_of(seen, np.arange(len(seen)), at_most, None, f"pictures of {cells.source}, which the run's predictions are not about")
+    return _some_of(seen, positions(cells, index), at_most, y_prob, f"of {len(index):,} pictures of the run's {part} part")
 
 # %% ../nbs/12_submission.ipynb #07899e22
+def _as_on_the_server(cells: CellImages, size: int) -> CellImages:
+    "The same pictures with 96 pixels, if the library's loader makes these very ones of them; else as they are."
+    wide = cells if size == 96 else load(cells.source, 96)
+    same = size == 96 or all(np.array_equal(fit_image(picture, size), small) for picture, small in zip(wide.images, cells.images))
+    return wide if same else cells
+
 def read_size(folder: str | Path) -> int:
-    """Side in pixels of the pictures that a run learned from, from its `run.json`."""
-    return int(_run_json(Path(folder))["choices"]["image_size"])
+    """Side in pixels of the pictures that a run learned from, or an ensemble's members."""
+    record = read_record(folder)
+    return int(record["choices"]["image_size"] if record["job"] == "train" else json.loads((Path(str(folder)) / "ensemble.json").read_text(encoding="utf-8"))["image_size"])
 
 def _kept_predictions(folder: Path) -> tuple[str | None, np.ndarray | None, np.ndarray | None]:
     "Of a run's predictions.npz the part that was measured (None if there is none), its index and probabilities."
@@ -585,7 +617,7 @@ def check_onnx() -> None:
     _onnx_runtime()
 
 def onnx_bytes(network: PlainNetwork) -> bytes:
-    """A network as an ONNX file: input float32 (n, side, side, 3), RGB, 0..255; output probabilities (n, n_classes).
+    """A network as an ONNX file: input float32 (n, *shape), pictures as RGB, 0..255; output probabilities (n, n_classes).
 
     Raises
     ------
@@ -594,8 +626,8 @@ def onnx_bytes(network: PlainNetwork) -> bytes:
     """
     check_onnx()
     steps = [{**step, "config": {name: value for name, value in step["config"].items() if name != "dtype"}} for step in network.steps]
-    model = build_network(network.side, steps, network.arrays)
-    signature = [keras.InputSpec(shape=(None, network.side, network.side, 3), dtype="float32", name="images")]
+    model = build_network(network.shape, steps, network.arrays)
+    signature = [keras.InputSpec(shape=(None, *network.shape), dtype="float32", name="images")]
     with tempfile.TemporaryDirectory() as room, warnings.catch_warnings(action="ignore"):  # tf2onnx asks NumPy for names of long ago
         path = Path(room) / "network.onnx"
         model.export(path, format="onnx", verbose=False, input_signature=signature)
@@ -664,7 +696,12 @@ def write_onnx(trained: TrainedModel, path: str | Path, images: np.ndarray) -> p
     far = table.loc["ONNX Runtime", "largest difference"]
     if not far <= (2e-2 if is_half(trained.model) else 1e-3):
         raise RuntimeError(f"the ONNX network gives probabilities that differ by up to {far:.2g} from Keras'; wanted at most 0.001. Please report this model.")
-    Path(path).write_bytes(content)
+    unfinished = Path(path).with_name(f"{Path(path).name}.partial-{os.getpid()}")
+    try:
+        unfinished.write_bytes(content)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
     return table
 
 # %% ../nbs/12_submission.ipynb #4fdb52aa
@@ -705,7 +742,7 @@ def plot_submission(path: str | Path, cells: CellImages, labels: np.ndarray, n: 
 # %% ../nbs/12_submission.ipynb #c5af23bf
 SUBMIT_PARAMETERS = ("run", "data", "output", "overwrite", "seed", "tta", "engine", "onnx", "at_most", "warn_above_mib")
 
-def check_submit(run: str | Path | None, tta: str = "none", engine: str = "keras", onnx: bool = False, at_most: int = 2000) -> Path:
+def check_submit(run: str | Path | None, tta: str | None = None, engine: str = "keras", onnx: bool = False, at_most: int = 2000, warn_above_mib: float = 300) -> Path:
     """Refuse settings of the job that cannot be; returns the run's folder.
 
     Raises
@@ -713,22 +750,28 @@ def check_submit(run: str | Path | None, tta: str = "none", engine: str = "keras
     FileNotFoundError, ValueError, ImportError, RuntimeError
         With what was got and wanted, and the remedy.
     """
-    check_choice("tta", tta, list(TTA))
+    if tta is not None:
+        check_choice("tta", tta, TTA)
     check_choice("engine", engine, ENGINES)
-    if not isinstance(onnx, bool):
-        raise ValueError(f"onnx is {onnx!r}; wanted True or False.")
+    runs.check_flags(onnx=onnx)
     if isinstance(at_most, bool) or not isinstance(at_most, int) or at_most < 1:
         raise ValueError(f"at_most is {at_most!r}; wanted a number of pictures, 1 or more.")
+    if isinstance(warn_above_mib, bool) or not isinstance(warn_above_mib, (int, float)) or not warn_above_mib > 0:
+        raise ValueError(f"warn_above_mib is {warn_above_mib!r}; wanted a size in MiB above 0.")
     if run is None:
-        raise ValueError("run is None; wanted the folder of a training run: -p run _runs/NAME.")
-    _run_json(Path(str(run)))
+        raise ValueError("run is None; wanted the folder of a training run or of an ensemble: -p run _runs/NAME.")
+    read_record(run)
     if onnx or engine == "onnx":
         check_onnx()
     return Path(str(run))
 
 def run_notice(folder: str | Path) -> str | None:
     """The warning that a run carries, if it is no result on blood."""
-    return _run_json(Path(folder)).get("notice")
+    return read_record(folder).get("notice")
+
+def own_views(members: Sequence[TrainedModel], tta: str | None) -> bool:
+    """Whether a choice of views is the one by which the run made its predictions."""
+    return all(tta in (None, member.tta) for member in members)
 
 def readme_of(path: str | Path) -> str:
     """README.txt of a submission."""

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 # %% auto #0
-__all__ = ['TTA', 'BATCH', 'check_pictures', 'resize_pictures', 'blurred_grey', 'otsu_threshold', 'label_pieces', 'nearest_piece',
-           'whiten_background', 'views', 'build_network', 'load_network', 'Member', 'Model']
+__all__ = ['BATCH', 'check_pictures', 'resize_pictures', 'blurred_grey', 'otsu_threshold', 'label_pieces', 'nearest_piece',
+           'whiten_background', 'view', 'build_network', 'load_network', 'Member', 'combine', 'Model']
 
 # %% ../nbs/12_submission_model.ipynb #d1b9e43e
 def check_pictures(X, sides=(96,)):
@@ -158,51 +158,33 @@ def whiten_background(images, kernel, center=False):
     return painted
 
 # %% ../nbs/12_submission_model.ipynb #f8631dcd
-TTA = {"none": 1, "flips": 4, "symmetries": 8}  # views of each picture
-
-def views(images, tta="none"):
-    """The views of test-time augmentation.
-
-    Parameters
-    ----------
-    images : ndarray, shape (n, side, side, 3)
-    tta : {"none", "flips", "symmetries"}
-        The picture; also mirrored left to right, top to bottom, both; all quarter turns, and those of the mirror image.
-
-    Returns
-    -------
-    list of ndarray, shape (n, side, side, 3)
-        The first one is `images`.
-    """
-    if tta == "flips":
-        return [images, images[:, :, ::-1], images[:, ::-1], images[:, ::-1, ::-1]]
-    turns = 4 if tta == "symmetries" else 1
-    faces = [images, images[:, :, ::-1]] if tta == "symmetries" else [images]
-    return [np.rot90(face, turn, axes=(1, 2)) for face in faces for turn in range(turns)]
+def view(images, turns, mirrored):
+    """Pictures (n, side, side, 3), mirrored left to right if asked, then turned so many times by 90 degrees."""
+    return np.rot90(images[:, :, ::-1] if mirrored else images, turns, axes=(1, 2))
 
 # %% ../nbs/12_submission_model.ipynb #e5ef3934
 BATCH = 128
 
-def build_network(side, steps, arrays):
+def build_network(shape, steps, arrays):
     """A network from its list of layers.
 
     Parameters
     ----------
-    side : int
-        Of the pictures, in pixels.
+    shape : tuple of int
+        Of one input: (side, side, 3) for pictures.
     steps : list of dict
-        `layer` (a name in keras.layers), `config` (its arguments), `inputs` (numbers of earlier steps, from 1; 0 for the pictures).
+        `layer` (a name in keras.layers), `config` (its arguments), `inputs` (numbers of earlier steps, from 1; 0 for the input).
     arrays : mapping of str to ndarray
         Weights of step i: "i/0", "i/1", ...
 
     Returns
     -------
     keras.Model
-        Pictures float32 (n, side, side, 3), RGB, 0..255, to probabilities float32 (n, n_classes).
+        From float32 (n, *shape), pictures as RGB, 0..255, to probabilities float32 (n, n_classes).
     """
     import keras
 
-    results = [keras.Input((side, side, 3), name="images")]
+    results = [keras.Input(tuple(shape), name="images")]
     weights = {}
     for name in arrays:
         step, _, part = name.partition("/")
@@ -215,71 +197,104 @@ def build_network(side, steps, arrays):
         layer.set_weights([own[str(k)] for k in range(len(own))])
     return keras.Model(results[0], results[-1])
 
-# %% ../nbs/12_submission_model.ipynb #284ea2b5
-def load_network(folder, entry, arrays):
-    """A function from pictures float32 (n, side, side, 3) to probabilities (n, n_classes), by Keras or by ONNX Runtime.
-
-    Parameters
-    ----------
-    folder : Path
-    entry : dict
-        A member in `settings.json`.
-    arrays : mapping of str to ndarray
-    """
-    if entry["engine"] == "onnx":
-        import onnxruntime
-
-        session = onnxruntime.InferenceSession(str(folder / entry["network"]), providers=["CPUExecutionProvider"])
-        name = session.get_inputs()[0].name
-        return lambda batch: session.run(None, {name: batch})[0]
-    steps = json.loads((folder / entry["network"]).read_text(encoding="utf-8"))
-    network = build_network(entry["image_size"], steps, arrays)
-    return lambda batch: np.asarray(network.predict_on_batch(batch))
-
-# %% ../nbs/12_submission_model.ipynb #d6bdb63b
-class Member:
-    """A network, with what becomes of the pictures before it sees them.
+# %% ../nbs/12_submission_model.ipynb #0db4785e
+def load_network(folder, entry):
+    """A network, by Keras or by ONNX Runtime.
 
     Parameters
     ----------
     folder : Path
         Where the files lie.
     entry : dict
-        Its entry in `settings.json`.
+        Of `settings.json`: `engine`, `network` and `arrays` (file names), `shape` (of one input).
+
+    Returns
+    -------
+    callable
+        From float32 (n, *shape) to probabilities (n, n_classes).
+    arrays : dict of str to ndarray
+        What lies beside the weights in the file of arrays.
 
     Raises
     ------
     RuntimeError
         If it gives other probabilities here than where it was made.
     """
+    with np.load(folder / entry["arrays"], allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    if entry["engine"] == "onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(folder / entry["network"]), providers=["CPUExecutionProvider"])
+        name = session.get_inputs()[0].name
+        network = lambda batch: session.run(None, {name: batch})[0]
+    else:
+        steps = json.loads((folder / entry["network"]).read_text(encoding="utf-8"))
+        model = build_network(entry["shape"], steps, {name: array for name, array in arrays.items() if "/" in name})
+        network = lambda batch: np.asarray(model.predict_on_batch(batch))
+    far = float(np.abs(network(arrays["probe"].astype(np.float32)) - arrays["probe_y_prob"]).max())
+    if not far <= 0.02:
+        raise RuntimeError("{} gives other probabilities here than where the zip was made: they differ by {:.3f}, wanted at most 0.02. Remedy: the versions "
+                           "in README.txt.".format(entry["network"], far))
+    return network, {name: array for name, array in arrays.items() if "/" not in name}
+
+# %% ../nbs/12_submission_model.ipynb #d6bdb63b
+class Member:
+    """A network with its preprocessing and its views.
+
+    Parameters
+    ----------
+    folder : Path
+        Where the files lie.
+    entry : dict
+        Its entry in `settings.json`; errors as of `load_network`.
+    """
 
     def __init__(self, folder, entry):
-        self.entry = entry
-        with np.load(folder / entry["arrays"], allow_pickle=False) as file:
-            self.arrays = {name: file[name] for name in file.files}
-        weights = {name: array for name, array in self.arrays.items() if "/" in name}
-        self.network = load_network(folder, entry, weights)
-        self.check()
-
-    def check(self):
-        """Compare with the probabilities that it gave where the zip was made."""
-        far = float(np.abs(self.network(self.arrays["probe"].astype(np.float32)) - self.arrays["probe_y_prob"]).max())
-        if not far <= 0.02:
-            raise RuntimeError("{} gives other probabilities here than where the zip was made: they differ by {:.3f}, wanted at most 0.02. Remedy: the versions "
-                               "in README.txt.".format(self.entry["network"], far))
+        self.side, self.background, self.views = entry["shape"][0], entry["background"], entry["views"]
+        self.network, self.arrays = load_network(folder, entry)
 
     def prepare(self, images):
         """Pictures uint8 (n, 96, 96, 3), or of the network's own size, as the network knows them."""
-        if images.shape[1] != self.entry["image_size"]:
+        if images.shape[1] != self.side:
             images = resize_pictures(images, self.arrays["resize"])
-        if self.entry["background"] != "keep":
-            images = whiten_background(images, self.arrays["blur"], self.entry["background"] == "center")
+        if self.background != "keep":
+            images = whiten_background(images, self.arrays["blur"], self.background == "center")
         return images
 
-    def y_prob(self, images, tta):
-        """Probabilities (n, n_classes), the mean over the views, of pictures uint8 (n, side, side, 3)."""
-        seen = [self.network(np.ascontiguousarray(view, dtype=np.float32)) for view in views(self.prepare(images), tta)]
-        return np.mean(seen, axis=0, dtype=np.float64)
+    def y_prob(self, images):
+        """Probabilities float64 (n, n_classes), the mean over the views, of pictures uint8 (n, side, side, 3)."""
+        prepared = self.prepare(images)
+        said = [self.network(np.ascontiguousarray(view(prepared, *one), dtype=np.float32)) for one in self.views]
+        return np.mean(said, axis=0, dtype=np.float64)
+
+# %% ../nbs/12_submission_model.ipynb #573d290f
+def combine(y_prob, combination):
+    """An ensemble's probabilities.
+
+    Parameters
+    ----------
+    y_prob : ndarray of float, shape (n_members, n, n_classes)
+    combination : dict
+        `kind` "mean" with `weights` and `geometric`; "logistic" with `coefficients` (n_classes, n_members * n_classes) and `intercept` (n_classes,);
+        "dense" with `network`, a function of float32 (n, n_members * n_classes).
+
+    Returns
+    -------
+    ndarray of float, shape (n, n_classes)
+    """
+    if combination["kind"] == "mean" and not combination["geometric"]:
+        return np.einsum("m,mnk->nk", combination["weights"], y_prob)
+    members, n, classes = y_prob.shape
+    if combination["kind"] == "dense":
+        return combination["network"](y_prob.transpose(1, 0, 2).reshape(n, members * classes).astype(np.float32))
+    logs = np.log(np.clip(y_prob, 1e-7, 1))
+    if combination["kind"] == "mean":
+        logits = np.einsum("m,mnk->nk", combination["weights"], logs)
+    else:
+        logits = logs.transpose(1, 0, 2).reshape(n, members * classes) @ np.array(combination["coefficients"]).T + combination["intercept"]
+    shares = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return shares / shares.sum(axis=1, keepdims=True)
 
 # %% ../nbs/12_submission_model.ipynb #440ff363
 class Model:
@@ -287,20 +302,22 @@ class Model:
 
     def __init__(self):
         folder = Path(__file__).resolve().parent
-        self.settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-        self.members = [Member(folder, entry) for entry in self.settings["members"]]
-        own = {entry["image_size"] for entry in self.settings["members"]}
+        settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+        self.class_names, self.combination = settings["class_names"], settings["combination"]
+        self.members = [Member(folder, entry) for entry in settings["members"]]
+        if self.combination["kind"] == "dense":
+            self.combination["network"] = load_network(folder, self.combination)[0]
+        own = {member.side for member in self.members}
         self.sides = sorted({96} | (own if len(own) == 1 else set()))
 
     def predict_proba(self, X):
         """Probabilities float32 (n, n_classes) of pictures uint8 (n, 96, 96, 3)."""
         check_pictures(X, self.sides)
-        shares, tta = [entry["share"] for entry in self.settings["members"]], self.settings["tta"]
-        y_prob = np.zeros((len(X), len(self.settings["class_names"])))
+        y_prob = np.zeros((len(X), len(self.class_names)), np.float32)
         for start in range(0, len(X), BATCH):
-            batch = X[start : start + BATCH]
-            y_prob[start : start + BATCH] = sum(share * member.y_prob(batch, tta) for share, member in zip(shares, self.members))
-        return y_prob.astype(np.float32)
+            said = np.stack([member.y_prob(X[start : start + BATCH]) for member in self.members])
+            y_prob[start : start + BATCH] = combine(said, self.combination)
+        return y_prob
 
     def predict(self, X):
         """Labels int64 (n,), positions in the course's order of classes, of pictures uint8 (n, 96, 96, 3)."""
