@@ -726,7 +726,7 @@ def plot_submission(path: str | Path, cells: CellImages, labels: np.ndarray, n: 
     ax = left.subplots()
     bars = ax.barh(list(sizes), list(sizes.values()), color="0.75")
     ax.bar_label(bars, [f" {size:,.1f} KiB" for size in sizes.values()], fontsize=8)
-    ax.set(xscale="log", xlim=(0.1, 100 * max(sizes.values())), title=Path(path).name)
+    ax.set(xscale="log", xlim=(0.1, 100 * max(sizes.values())), xlabel="size (logarithmic)", title=Path(path).name)
     ax.invert_yaxis()
     ax.spines[["top", "right", "bottom"]].set_visible(False)
     ax.tick_params(bottom=False, labelbottom=False, which="both")
