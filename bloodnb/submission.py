@@ -511,8 +511,7 @@ def build_submission(members: Sequence[TrainedModel], output: str | Path, combin
     ValueError, RuntimeError, PermissionError
         If a choice is unknown or a member cannot be packed; if the trial fails or gives other labels; if nothing can be written there.
     """
-    output = Path(output)
-    images = load("drawn:n=32,seed=0").images if images is None else images
+    output, images = Path(output), load("drawn:n=32,seed=0").images if images is None else images
     unfinished = output.with_name(f"{output.name}.partial-{os.getpid()}")
     try:
         _write(unfinished, submission_files(members, combination, tta, engine), output)
@@ -521,11 +520,14 @@ def build_submission(members: Sequence[TrainedModel], output: str | Path, combin
         unfinished.replace(output)
     finally:
         unfinished.unlink(missing_ok=True)
-    if report["mib"] > warn_above_mib:
-        warnings.warn(f"{output} has {report['mib']:.0f} MiB, more than {warn_above_mib:g}: will the server take it? Remedy: a smaller backbone.", stacklevel=2)
+    _warn_of_size(report, warn_above_mib)
     return report
 
 # %% ../nbs/12_submission.ipynb #8ef8412c
+def _warn_of_size(report: dict, limit: float) -> None:
+    if report["mib"] > limit:
+        warnings.warn(f"{report['path']} has {report['mib']:.0f} MiB, more than {limit:g}: will the server take it? Remedy: a smaller backbone, or fewer members.", stacklevel=3)
+
 def _write(unfinished: Path, files: dict[str, bytes], output: Path) -> None:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
