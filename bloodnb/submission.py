@@ -5,6 +5,7 @@
 # %% ../nbs/12_submission.ipynb #60ca0ac6
 from __future__ import annotations
 
+import contextlib
 import inspect
 import io
 import json
@@ -519,7 +520,8 @@ def build_submission(members: Sequence[TrainedModel], output: str | Path, combin
         report = {"path": output, "mib": unfinished.stat().st_size / 2**20, **tried, "ms_per_picture": 1000 * tried["seconds"] / len(images)}
         unfinished.replace(output)
     finally:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a file where a folder should be
+            unfinished.unlink(missing_ok=True)
     _warn_of_size(report, warn_above_mib)
     return report
 
