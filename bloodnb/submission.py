@@ -522,13 +522,14 @@ def build_submission(members: Sequence[TrainedModel], output: str | Path, combin
     finally:
         with contextlib.suppress(OSError):  # a file where a folder should be
             unfinished.unlink(missing_ok=True)
-    _warn_of_size(report, warn_above_mib)
-    return report
+    return _warn_of_size(report, warn_above_mib)
 
 # %% ../nbs/12_submission.ipynb #8ef8412c
-def _warn_of_size(report: dict, limit: float) -> None:
+def _warn_of_size(report: dict, limit: float) -> dict:
+    "The same report; a warning if the zip is large."
     if report["mib"] > limit:
         warnings.warn(f"{report['path']} has {report['mib']:.0f} MiB, more than {limit:g}: will the server take it? Remedy: a smaller backbone, or fewer members.", stacklevel=3)
+    return report
 
 def _write(unfinished: Path, files: dict[str, bytes], output: Path) -> None:
     try:
