@@ -33,8 +33,8 @@ __all__ = ['FEWEST_ROWS', 'SMALLEST', 'METHODS', 'ENSEMBLE_PARAMETERS', 'Part', 
            'cross_fit', 'check_folds', 'score_members', 'plot_scores', 'diversity_table', 'any_right',
            'compare_with_best', 'validation_rows', 'pictures_to_judge', 'compare_methods', 'member_table',
            'weight_table', 'ensemble_metrics', 'write_ensemble', 'write_parts', 'first_reads', 'shared_record',
-           'Ensemble', 'read_combination', 'load_ensemble', 'SavedClassifier', 'split_of', 'trained_shares', 'load_any',
-           'find_classifier']
+           'Ensemble', 'read_combination', 'find_model', 'load_ensemble', 'SavedClassifier', 'split_of',
+           'trained_shares', 'load_any', 'find_classifier']
 
 # %% ../nbs/08_ensembles.ipynb #9d2da132
 class Part(NamedTuple):
@@ -817,8 +817,23 @@ def _read_description(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} tells apart {', '.join(class_names)}; wanted {', '.join(CLASS_NAMES)}. Remedy: make the ensemble anew.")
     return kept
 
-def _find_model(folder: Path, entry: dict[str, Any]) -> Path:
-    "`model.keras` of a member: where it was, as seen from the ensemble, or else beside the ensemble."
+def find_model(folder: Path, entry: dict[str, Any]) -> Path:
+    """`model.keras` of a member, where it was as seen from the ensemble's folder, or else beside that folder.
+
+    Parameters
+    ----------
+    folder : Path
+        Of the ensemble.
+    entry : dict
+        The member in its `ensemble.json`.
+
+    Raises
+    ------
+    FileNotFoundError
+        If it is gone.
+    ValueError
+        If it is another model than the ensemble was made of.
+    """
     tried = [folder / entry["folder"] / "model.keras", folder.parent / entry["name"] / "model.keras"]
     found = next((path for path in tried if path.is_file()), None)
     if found is None:
@@ -850,7 +865,7 @@ def load_ensemble(folder: str | Path) -> Ensemble:
     folder = Path(folder)
     kept = _read_description(folder)
     members, image_size = kept["members"], kept["image_size"]
-    paths = [_find_model(folder, entry) for entry in members]
+    paths = [find_model(folder, entry) for entry in members]
     models = [keras.saving.load_model(path, safe_mode=True) for path in paths]
     said = {key: [entry.get(key, "none") for entry in members] for key in ("name", "background", "tta")}
     return Ensemble(kept["method"], *said.values(), models, read_combination(kept["combination"], folder), image_size)
@@ -949,5 +964,5 @@ def find_classifier(folder: str | Path) -> SavedClassifier:
     wants = ("model.keras", "split.csv")
     if record["job"] == "train":
         return SavedClassifier(folder, read_run(folder, wants=wants), [folder], [record])
-    runs = [_find_model(folder, entry).parent for entry in _read_description(folder)["members"]]
+    runs = [find_model(folder, entry).parent for entry in _read_description(folder)["members"]]
     return SavedClassifier(folder, record, runs, [read_run(run, wants=wants) for run in runs])

@@ -33,7 +33,7 @@ from matplotlib.figure import Figure
 from . import runs, submission_model
 from .cleaning import BACKGROUNDS, set_background
 from .data import CLASS_NAMES, CellImages, fit_image, load, positions, sha256, unknown_name
-from .ensembles import DenseStack, LogisticStack, WeightedMean, _find_model, load_ensemble
+from .ensembles import DenseStack, LogisticStack, WeightedMean, find_model, load_ensemble
 from .evaluation import TTA, average_views
 from .models import _BGR_MEAN, _MEAN, _STD, ImageNetScale, load_classifier
 from .submission_model import BATCH, build_network
@@ -273,7 +273,7 @@ def read_trained(folder: str | Path) -> tuple[list[TrainedModel], Combination]:
     if read_record(folder)["job"] == "train":
         return [_trained(load_classifier(folder / "model.keras"), folder, folder.resolve().name)], WeightedMean((1.0,))
     ensemble, entries = load_ensemble(folder), json.loads((folder / "ensemble.json").read_text(encoding="utf-8"))["members"]
-    folders = [_find_model(folder, entry).parent for entry in entries]
+    folders = [find_model(folder, entry).parent for entry in entries]
     return [_trained(*member) for member in zip(ensemble.models, folders, ensemble.names, strict=True)], ensemble.combination
 
 def _trained(model: keras.Model, folder: Path, name: str) -> TrainedModel:
