@@ -234,6 +234,15 @@ def _try_to_write(path: Path) -> None:
         raise PermissionError(f"checkpoint {path} cannot be written ({error.strerror or error}). Remedy: a file in a folder that you may write to.") from error
 
 # %% ../nbs/05_checkpoints.ipynb #1afed41f
+def _state_now(saver, epochs: int) -> State:
+    "All that a training needs to go on after so many epochs of its phase."
+    stop = next((c for c in saver.others if isinstance(c, keras.callbacks.EarlyStopping)), None)
+    remembered = {type(c).__name__: _numbers(c, names) for c in saver.others for kind, names in _REMEMBERED.items() if isinstance(c, kind)}
+    best = list(stop.best_weights) if stop is not None and stop.best_weights is not None else []
+    return State(saver.fingerprint, saver.phase, epochs, bool(saver.model.stop_training), list(saver.rows), remembered, _values(saver.model.variables),
+                 _values(saver.model.optimizer.variables), best)
+
+# %% ../nbs/05_checkpoints.ipynb #e273f0ce
 class Checkpoint(keras.callbacks.Callback):
     """Write a `State` after every epoch; go on from it where `fit` begins.
 
@@ -273,15 +282,11 @@ class Checkpoint(keras.callbacks.Callback):
         return self.state if self.state is not None and self.state.phase == phase else None
 
     def on_train_begin(self, logs=None):
-        state = self.found(self.phase)
-        if state is not None:
-            restore(state, self.model, self.others)
+        if self.found(self.phase) is not None:
+            restore(self.state, self.model, self.others)
 
     def on_epoch_end(self, epoch, logs=None):
-        stop = next((c for c in self.others if isinstance(c, keras.callbacks.EarlyStopping)), None)
-        remembered = {type(c).__name__: _numbers(c, names) for c in self.others for kind, names in _REMEMBERED.items() if isinstance(c, kind)}
-        self.state = State(self.fingerprint, self.phase, epoch + 1, bool(self.model.stop_training), list(self.rows), remembered, _values(self.model.variables),
-                           _values(self.model.optimizer.variables), list(stop.best_weights) if stop is not None and stop.best_weights is not None else [])
+        self.state = _state_now(self, epoch + 1)
         write_state(self.path, self.state)
 
 # %% ../nbs/05_checkpoints.ipynb #0690cefb

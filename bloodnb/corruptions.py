@@ -99,6 +99,7 @@ def _motion(image, level, rng):
         np.add.at(kernel, (row, column), weights * (1 - abs(x - column)) * (1 - abs(y - row)))
     return cv2.filter2D(_float(image), -1, kernel / kernel.sum(), borderType=cv2.BORDER_REFLECT_101)
 
+# %% ../nbs/06_corruptions.ipynb #e4154fab
 def _low_resolution(image, share, rng):
     h, w = image.shape[:2]
     small = cv2.resize(image, (max(1, round(w * share)), max(1, round(h * share))), interpolation=cv2.INTER_AREA)
@@ -134,6 +135,7 @@ def _saturate(image, amount, rng):
 def _hue(image, degrees, rng):
     return _in_hsv(image, hue=_sign(rng) * degrees)
 
+# %% ../nbs/06_corruptions.ipynb #a337ad54
 def _channel_shift(image, amount, rng):
     return _float(image) + 255 * amount * (2 * rng.integers(0, 2, 3) - 1)
 

@@ -817,6 +817,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} tells apart {', '.join(class_names)}; wanted {', '.join(CLASS_NAMES)}. Remedy: make the ensemble anew.")
     return kept
 
+# %% ../nbs/08_ensembles.ipynb #8155ec16
 def find_model(folder: Path, entry: dict[str, Any]) -> Path:
     """`model.keras` of a member, where it was as seen from the ensemble's folder, or else beside that folder.
 

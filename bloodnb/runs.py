@@ -247,6 +247,7 @@ def read_run(folder: str | Path, jobs: Sequence[str] = ("train",), wants: Sequen
         raise ValueError(f"{folder} is a run of {record.get('job') if isinstance(record, dict) else 'nothing known'}; wanted one of {', '.join(jobs)}.")
     return record
 
+# %% ../nbs/10_runs.ipynb #24b88bae
 def read_history(folder: str | Path) -> pd.DataFrame:
     """`history.csv` of a finished training run; errors as `read_run`."""
     read_run(folder, wants=("history.csv",))

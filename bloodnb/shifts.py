@@ -59,6 +59,7 @@ def _look(predict: Callable, cells: CellImages, suite: str, corruption: str, sev
     return pd.DataFrame({"corruption": corruption, "severity": chosen, "index": cells.index, "y_true": cells.labels,
                          "y_pred": y_prob.argmax(1).astype(np.uint8), "confidence": y_prob.max(1).astype(np.float32)}), pictures_sha256(shifted.images, before)
 
+# %% ../nbs/06_shifts.ipynb #090eb9c9
 def evaluate_suite(
     predict: Callable[[np.ndarray], np.ndarray], cells: CellImages, suite: str = "homework", seed: int = 0, full: bool = False,
     trained_with: Iterable[str] = (), clean_balanced_accuracy: float | None = None, progress: bool = False,
@@ -230,6 +231,7 @@ def check_settings(suites: str | None, tta: str | None, prior: str, seed: Any) -
         raise ValueError(f"seed is {seed!r}; wanted a whole number, 0 to 2**32 - 1.")
     return {"suites": check_suites(suites), "tta": tta, "prior": prior, "seed": seed}
 
+# %% ../nbs/06_shifts.ipynb #9770a2fc
 def not_trained_on(cells: CellImages, data_sha256: str, record: Mapping, split_table: pd.DataFrame) -> CellImages:
     """The pictures of a set that may be used to measure a run.
 

@@ -573,6 +573,13 @@ def _saver(path, model, train, val, plan: TrainingPlan, stop_after) -> Checkpoin
     return Checkpoint(path, fingerprint(__version__, code, model_fingerprint(model), asdict(plan), stop_after, train.images, train.labels, train.index, *held))
 
 
+def _chosen_plan(plan: TrainingPlan | None, choices: dict) -> TrainingPlan:
+    "The plan with single choices in place of its own."
+    for name in choices:
+        if name not in TrainingPlan.__dataclass_fields__:
+            raise ValueError(unknown_name("choice", name, TrainingPlan.__dataclass_fields__))
+    return replace(plan or TrainingPlan(), **choices)
+
 def _remaining(phases: list[_Phase], saver: Checkpoint, table: EpochTable) -> list[_Phase]:
     "Take a table up where a checkpoint stands; the phases that are not yet behind it."
     table.rows = list(saver.state.rows)
@@ -616,10 +623,7 @@ def train_classifier(model: keras.Model, train: CellImages, val: CellImages | No
     FloatingPointError, ValueError
         If the loss is not finite; if there is nothing to train, or a name is unknown.
     """
-    for name in choices:
-        if name not in TrainingPlan.__dataclass_fields__:
-            raise ValueError(unknown_name("choice", name, TrainingPlan.__dataclass_fields__))
-    plan = replace(plan or TrainingPlan(), **choices)
+    plan = _chosen_plan(plan, choices)
     check_plan(plan, stop_after)
     check_model(model, train.images, plan)
     phases, table = _phases(plan, stop_after), EpochTable(verbose)
@@ -627,8 +631,7 @@ def train_classifier(model: keras.Model, train: CellImages, val: CellImages | No
     saver = None if checkpoint is None else _saver(checkpoint, model, train, val, plan, stop_after)
     if saver and saver.state:
         phases = _remaining(phases, saver, table)
-    said = [_one_phase(model, train, val, phase, plan, cache, table, saver) for phase in phases]
-    table.finish("; ".join(said))
+    table.finish("; ".join([_one_phase(model, train, val, phase, plan, cache, table, saver) for phase in phases]))
     return pd.DataFrame(table.rows)
 
 # %% ../nbs/05_training.ipynb #8c0ac2e0
