@@ -54,7 +54,7 @@ def test_a_split_leaves_the_model_as_it_was(tmp_path):
     assert np.allclose(grad_cam(again, images), grad_cam(model, images), atol=1e-4), "a model read from a file has the same maps"
 
 
-CASES = {"v2": ("block_4_expand_relu", 1e-2), "unet": (None, 1e-3), "own": (None, 1e-3)}  # the first one beside a shortcut; the largest difference
+CASES = {"mobilenet": None, "unet": "down2_2_relu", "own": None}  # the second one beside a shortcut
 ON_ANOTHER_BACKEND = """
 import json, sys
 from pathlib import Path
@@ -64,7 +64,7 @@ from bloodnb.explanation import METHODS, grad_cam
 from bloodnb import models
 folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
 maps = {}
-for name, (layer, _) in cases.items():
+for name, layer in cases.items():
     model, images = keras.saving.load_model(folder / f"{name}.keras"), np.load(folder / f"{name}.npy")
     maps.update({f"{name}/{method}": grad_cam(model, images, classes=np.arange(len(images)), layer=layer, method=method) for method in METHODS})
 np.savez(folder / f"{keras.backend.backend()}.npz", **maps)
@@ -75,8 +75,8 @@ np.savez(folder / f"{keras.backend.backend()}.npz", **maps)
 def saved(tmp_path_factory):
     """Models that this process's backend made, pictures, and their maps."""
     folder, maps = tmp_path_factory.mktemp("explained"), {}
-    for name, backbone, side, head in (("v2", "MobileNetV2_0.35", 64, "64"), ("unet", "UNet_0.125", 32, "default"), ("own", "Backpropagators_CNN_0.25", 48, "gap")):
-        model, images, layer = lively(backbone, side, head), noise(4, side), CASES[name][0]
+    for name, backbone, side, head in (("mobilenet", "MobileNet_0.25", 32, "16"), ("unet", "UNet_0.125", 32, "default"), ("own", "Backpropagators_CNN_0.25", 48, "gap")):
+        model, images, layer = lively(backbone, side, head), noise(4, side), CASES[name]
         model.save(folder / f"{name}.keras")
         np.save(folder / f"{name}.npy", images)
         maps |= {f"{name}/{method}": grad_cam(model, images, classes=np.arange(4), layer=layer, method=method) for method in METHODS}
@@ -94,6 +94,5 @@ def test_other_backends_give_the_same_maps(saved, backend):
     with np.load(folder / f"{backend}.npz", allow_pickle=False) as there:
         assert set(there) == set(maps)
         for name, heat in maps.items():
-            tolerance = CASES[name.split("/")[0]][1]
-            assert np.abs(there[name] - heat).max() < tolerance, f"{name}: {np.abs(there[name] - heat).max()}"
+            assert np.abs(there[name] - heat).max() < 2e-3, f"{name}: {np.abs(there[name] - heat).max()}"
             assert heat.std() > 0.02, f"{name}: maps differ from place to place, so the comparison means something"
