@@ -17,7 +17,15 @@ from nbclient import NotebookClient
 from papermill import execute_notebook
 
 ROOT = Path(__file__).resolve().parent.parent
-DEMO = {"train.ipynb": {"recipe": "demo"}}
+DEMO = {"train.ipynb": {"recipe": "demo"}, "evaluate.ipynb": {"run": "_runs/demo"}, "submit.ipynb": {"run": "_runs/demo"},
+        "ensemble.ipynb": {"runs": "_runs/*", "method": "log_pool"}}
+# Jobs that read what others left: those run first, in the same folder.
+TRAINED = [("train", {"recipe": "demo", "output": "_runs/demo"})]
+SMALL = {"data": "drawn:n=600,seed=1", "recipe": "demo", "image_size": 32, "epochs": 8}
+SEVERAL = [("train", {**SMALL, "backbone": f"SiumGPT_CNN_{width}", "output": f"_runs/width_{width}"}) for width in (0.125, 0.25, 0.5)]
+BEFORE = {"evaluate.ipynb": TRAINED, "submit.ipynb": TRAINED, "ensemble.ipynb": SEVERAL,
+          "compare.ipynb": [*SEVERAL, ("ensemble", {"runs": "_runs/*", "output": "_runs/ensemble"}),
+                            *(("evaluate", {"run": run, "output": f"{run}-shifted", "suites": "homework"}) for run in ("_runs/width_0.5", "_runs/ensemble"))]}
 # TensorFlow's start-up lines go to stderr whatever its settings (tensorflow issue 100442), with process ids in them.
 NOISE = re.compile(r"absl::InitializeLog|^[IWE]0000 ", re.M)
 
@@ -31,7 +39,10 @@ def run_library(path: Path):
 def run_job(path: Path):
     notebook = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory() as folder:
-        done = execute_notebook(path, None, {**DEMO.get(path.name, {}), "output": "_runs/demo"}, cwd=folder, kernel_name="python3", progress_bar=False)
+        for job, parameters in BEFORE.get(path.name, []):
+            execute_notebook(path.with_name(f"{job}.ipynb"), None, parameters, cwd=folder, kernel_name="python3", progress_bar=False)
+        output = "_runs/demo" if path.name not in BEFORE else f"_runs/{path.stem}"
+        done = execute_notebook(path, None, {**DEMO.get(path.name, {}), "output": output}, cwd=folder, kernel_name="python3", progress_bar=False)
     cells = [cell for cell in done.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
     for cell, ran in zip(notebook.cells, cells, strict=True):
         if cell.cell_type == "code":

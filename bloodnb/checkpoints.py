@@ -29,7 +29,8 @@ __all__ = ['CACHE_LIMIT', 'fingerprint', 'model_fingerprint', 'whole_file', 'fea
 def fingerprint(*parts: Any) -> str:
     """SHA-256, as 64 hexadecimal digits, of arrays (dtype, shape and bytes), paths (as text) and whatever JSON can say.
 
-    Two calls agree exactly where their parts are equal, in order; the order of keys in a dictionary does not matter.
+    Two calls agree exactly where their parts are equal, in order, as JSON writes them: a tuple is a list, a key is a text, and the order of
+    keys does not matter. Anything else raises TypeError.
     """
     digest = hashlib.sha256()
     for part in parts:
@@ -37,15 +38,29 @@ def fingerprint(*parts: Any) -> str:
             digest.update(f"array {part.dtype.str} {part.shape}".encode())
             digest.update(np.ascontiguousarray(part).view(np.uint8).reshape(-1) if part.size else b"")
         else:
-            digest.update(f"json {json.dumps(part, sort_keys=True, default=str)}".encode())
+            digest.update(f"json {json.dumps(part, sort_keys=True, default=_path_text)}".encode())
         digest.update(b"\0")
     return digest.hexdigest()
 
+def _path_text(value: Any) -> str:
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} has no fingerprint; wanted arrays, paths, or what JSON can say.")
+
+def _renamed(config: Any, names: dict[str, str]) -> Any:
+    "A model's configuration with its layers counted instead of named, since Keras numbers the layers of a process as they come."
+    if isinstance(config, dict):
+        if isinstance(config.get("name"), str):
+            names.setdefault(config["name"], f"layer {len(names)}")
+        return {key: _renamed(value, names) for key, value in config.items() if key != "compile_config"}
+    if isinstance(config, list):
+        return [_renamed(value, names) for value in config]
+    return names.get(config, config) if isinstance(config, str) else config
+
 def model_fingerprint(model: keras.Model) -> str:
-    """The `fingerprint` of a model: its structure and all its weights, and the backend and Keras version that reckon with them."""
+    """The `fingerprint` of a model: every choice of every layer, how they are joined, all weights, and the backend and Keras version that reckon with them."""
     weights = [keras.ops.convert_to_numpy(weight) for weight in model.weights]
-    kinds = [type(layer).__name__ for layer in model._flatten_layers()]
-    return fingerprint(keras.backend.backend(), keras.__version__, kinds, [layer.name for layer in model.layers], *weights)
+    return fingerprint(keras.backend.backend(), keras.__version__, _renamed(json.loads(model.to_json()), {}), *weights)
 
 # %% ../nbs/05_checkpoints.ipynb #6021a9fc
 @contextlib.contextmanager
@@ -97,24 +112,28 @@ def cached_array(folder: str | Path | None, key: str, make: Callable[[], np.ndar
     """
     if folder is None:
         return make()
-    path = Path(folder) / f"{key}.npy"
+    path = Path(folder) / f"{key}.npz"
     try:
-        found = np.load(path, allow_pickle=False)
-        os.utime(path)
+        with np.load(path, allow_pickle=False) as file:
+            found = file["array"]
+            if str(file["fingerprint"]) != fingerprint(found):  # the zip's own checksum misses a damaged header
+                raise ValueError("damaged")
+    except Exception:  # not there, or damaged, which may raise almost anything
+        found = make()
+        if found.nbytes <= limit:
+            with contextlib.suppress(OSError):  # a full or read-only disk costs time, not the run
+                with whole_file(path) as file:
+                    np.savez(file, array=found, fingerprint=fingerprint(found))
+                _prune(Path(folder), limit)
         return found
-    except (OSError, ValueError, EOFError):  # not there, or damaged
-        made = make()
-    if made.nbytes <= limit:
-        with contextlib.suppress(OSError):  # a full or read-only disk costs time, not the run
-            with whole_file(path) as file:
-                np.save(file, made, allow_pickle=False)
-            _prune(Path(folder), limit)
-    return made
+    with contextlib.suppress(OSError):  # others' files may be read, if not touched
+        os.utime(path)
+    return found
 
 # %% ../nbs/05_checkpoints.ipynb #711f9f5b
 def _prune(folder: Path, limit: int) -> None:
     "Remove the arrays used the longest ago until the folder holds no more than `limit` bytes."
-    files = sorted(((path.stat(), path) for path in folder.glob("*.npy")), key=lambda pair: pair[0].st_mtime_ns)
+    files = sorted(((path.stat(), path) for path in folder.glob("*.npz")), key=lambda pair: pair[0].st_mtime_ns)
     for left in folder.glob("*.partial-*"):  # of a process that was killed while it wrote
         if left.stat().st_mtime < time.time() - 3600:
             left.unlink(missing_ok=True)
@@ -200,6 +219,21 @@ def _assign(variables, values) -> None:
         variable.assign(value)
 
 # %% ../nbs/05_checkpoints.ipynb #8c8c716e
+def _try_to_write(path: Path) -> None:
+    "Find out now, rather than after the first epoch, whether a file can be written there; nothing is left of it."
+    trial, new = path.with_name(f"{path.name}.try"), not path.parent.exists()
+    try:
+        with whole_file(trial):
+            pass
+        trial.unlink()
+        if new:
+            path.parent.rmdir()
+        if path.is_dir():
+            raise IsADirectoryError(None, "is a folder")
+    except OSError as error:
+        raise PermissionError(f"checkpoint {path} cannot be written ({error.strerror or error}). Remedy: a file in a folder that you may write to.") from error
+
+# %% ../nbs/05_checkpoints.ipynb #1afed41f
 class Checkpoint(keras.callbacks.Callback):
     """Write a `State` after every epoch; go on from it where `fit` begins.
 
@@ -220,11 +254,17 @@ class Checkpoint(keras.callbacks.Callback):
         The other callbacks of `fit`, whose memory is kept too; to be set before each `fit`.
     rows : list of dict
         The training's table.
+
+    Raises
+    ------
+    PermissionError
+        If the file cannot be written.
     """
 
     def __init__(self, path: str | Path, fingerprint: str):
         super().__init__()
         self.path, self.fingerprint = Path(path), fingerprint
+        _try_to_write(self.path)
         self.state = read_state(path, fingerprint)
         self.phase, self.others, self.rows = "", [], []
 

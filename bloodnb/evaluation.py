@@ -5,7 +5,7 @@
 # %% ../nbs/06_evaluation.ipynb #2c75c587
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -13,13 +13,15 @@ import pandas as pd
 import seaborn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from sklearn.metrics import confusion_matrix
+from scipy.stats import binomtest
+from sklearn.metrics import confusion_matrix, roc_auc_score
 
-from .data import CLASS_NAMES, CellImages
+from .data import CLASS_NAMES, CellImages, unknown_name
 
 # %% auto #0
-__all__ = ['REPEATED', 'wilson_interval', 'evaluate', 'summarize_repeats', 'class_table', 'score_table', 'plot_confusion',
-           'find_mistakes', 'plot_mistakes']
+__all__ = ['REPEATED', 'TTA', 'wilson_interval', 'class_auc', 'calibration_table', 'calibration_error', 'evaluate',
+           'summarize_repeats', 'class_table', 'score_table', 'plot_confusion', 'plot_reliability', 'reweight',
+           'estimate_priors', 'mcnemar', 'view', 'average_views', 'find_mistakes', 'plot_mistakes']
 
 # %% ../nbs/06_evaluation.ipynb #a4e60420
 def _rates(table: np.ndarray) -> dict[str, np.ndarray]:
@@ -60,6 +62,38 @@ def _check_predictions(y_true, y_prob, class_names) -> tuple[np.ndarray, np.ndar
     return y_true, y_prob
 
 # %% ../nbs/06_evaluation.ipynb #29d83485
+def class_auc(y_true: np.ndarray, y_prob: np.ndarray) -> np.ndarray:
+    """Area under the ROC curve of each class against the rest: float (n_classes,), 0..1, NaN for a class that is not there or alone."""
+    there = [(y_true == c) for c in range(y_prob.shape[1])]
+    return np.array([roc_auc_score(is_c, y_prob[:, c]) if 0 < is_c.sum() < len(y_true) else np.nan for c, is_c in enumerate(there)])
+
+def calibration_table(y_true: np.ndarray, y_prob: np.ndarray, bins: int = 15) -> pd.DataFrame:
+    """How sure a model is, and how often it is right then.
+
+    Parameters
+    ----------
+    y_true : ndarray of int, shape (n,)
+    y_prob : ndarray of float, shape (n, n_classes)
+    bins : int
+        Equal parts of 0..1 into which images fall by the probability of their predicted class.
+
+    Returns
+    -------
+    DataFrame
+        For each bin that has images: low, high, n, confidence (mean probability of the predicted class), accuracy.
+    """
+    sure, right = y_prob.max(1), y_prob.argmax(1) == y_true
+    bin_of = np.clip((sure * bins).astype(int), 0, bins - 1)
+    rows = [(b / bins, (b + 1) / bins, int(inside.sum()), float(sure[inside].mean()), float(right[inside].mean()))
+            for b in range(bins) if (inside := bin_of == b).any()]
+    return pd.DataFrame(rows, columns=["low", "high", "n", "confidence", "accuracy"])
+
+def calibration_error(y_true: np.ndarray, y_prob: np.ndarray, bins: int = 15) -> float:
+    """Expected calibration error, 0..1: the gap between confidence and accuracy, a mean over `calibration_table` weighted by n (Guo et al. 2017, arXiv:1706.04599)."""
+    table = calibration_table(y_true, y_prob, bins)
+    return float((table["n"] * (table["confidence"] - table["accuracy"]).abs()).sum() / table["n"].sum())
+
+# %% ../nbs/06_evaluation.ipynb #56a66f4c
 def evaluate(y_true: np.ndarray, y_prob: np.ndarray, class_names: Sequence[str] = CLASS_NAMES, n_bootstrap: int = 2000, seed: int = 0) -> dict:
     """Scores of a classifier, with 95 % intervals, as a dictionary that goes into `metrics.json`.
 
@@ -76,8 +110,10 @@ def evaluate(y_true: np.ndarray, y_prob: np.ndarray, class_names: Sequence[str] 
     -------
     dict
         `n`; `accuracy`, `balanced_accuracy` (the mean recall of the classes, which reports also call macro recall), `macro_precision`,
-        `macro_f1`, each 0..1, all but the first over the classes that `y_true` has; `log_loss` in nats; `confidence_intervals` of the scores as [low, high] (Wilson's for accuracy, bootstrap for the others);
-        `per_class`: for each class that is there `n`, `precision`, `recall`, `f1`, `recall_interval`;
+        `macro_f1`, each 0..1, all but the first over the classes that `y_true` has; `auc`, the mean area under the one-against-the-rest
+        ROC curves of these classes (None if there is only one); `log_loss` in nats; `calibration_error` (see `calibration_error`);
+        `confidence_intervals` of the scores as [low, high] (Wilson's for accuracy, bootstrap for the others);
+        `per_class`: for each class that is there `n`, `precision`, `recall`, `f1`, `auc`, `recall_interval`;
         `confusion`: counts, truth in rows.
 
     Raises
@@ -90,12 +126,14 @@ def evaluate(y_true: np.ndarray, y_prob: np.ndarray, class_names: Sequence[str] 
     scores = {name: float(value) for name, value in _scores(table).items()}
     intervals = {"accuracy": wilson_interval(int(np.trace(table)), len(y_true)), **_bootstrap_intervals(table, n_bootstrap, seed)}
     chosen = np.clip(y_prob[np.arange(len(y_true)), y_true].astype(float), 1e-7, 1)
-    return {"n": len(y_true), **scores, "log_loss": float(-np.log(chosen).mean()), "confidence_intervals": intervals,
-            "per_class": _per_class(table, class_names), "confusion": table.tolist()}
+    areas = class_auc(y_true, y_prob)
+    return {"n": len(y_true), **scores, "auc": float(np.nanmean(areas)) if np.isfinite(areas).any() else None,
+            "log_loss": float(-np.log(chosen).mean()), "calibration_error": calibration_error(y_true, y_prob), "confidence_intervals": intervals,
+            "per_class": _per_class(table, areas, class_names), "confusion": table.tolist()}
 
-def _per_class(table: np.ndarray, class_names: Sequence[str]) -> dict[str, dict]:
+def _per_class(table: np.ndarray, areas: np.ndarray, class_names: Sequence[str]) -> dict[str, dict]:
     rates, there = _rates(table), np.flatnonzero(table.sum(1))
-    return {class_names[c]: {"n": int(table[c].sum()), **{name: float(rate[c]) for name, rate in rates.items()},
+    return {class_names[c]: {"n": int(table[c].sum()), **{name: float(rate[c]) for name, rate in rates.items()}, "auc": float(areas[c]) if np.isfinite(areas[c]) else None,
                              "recall_interval": wilson_interval(int(table[c, c]), int(table[c].sum()))} for c in there}
 
 # %% ../nbs/06_evaluation.ipynb #6240308e
@@ -120,10 +158,10 @@ def summarize_repeats(metrics: Sequence[dict]) -> dict[str, dict]:
 
 # %% ../nbs/06_evaluation.ipynb #cf54de00
 def class_table(metrics: dict) -> pd.DataFrame:
-    """What `evaluate` says by class, as a table: n, precision, recall, its 95 % interval, and F1."""
+    """What `evaluate` says by class, as a table: n, precision, recall, its 95 % interval, F1, and the area under the ROC curve."""
     table = pd.DataFrame.from_dict(metrics["per_class"], orient="index")
     low_high = pd.DataFrame(table.pop("recall_interval").tolist(), index=table.index, columns=["recall low", "recall high"])
-    return pd.concat([table[["n", "precision", "recall"]], low_high, table[["f1"]]], axis=1).round(3).rename_axis("class")
+    return pd.concat([table[["n", "precision", "recall"]], low_high, table[["f1", "auc"]].astype(float)], axis=1).round(3).rename_axis("class")
 
 def score_table(metrics: dict) -> pd.DataFrame:
     """The scores of `evaluate` with their 95 % intervals, a row each."""
@@ -156,6 +194,138 @@ def plot_confusion(y_true: np.ndarray, y_pred: np.ndarray, class_names: Sequence
     ax.tick_params(axis="x", rotation=40)
     ax.tick_params(axis="y", rotation=0)
     return ax.figure
+
+# %% ../nbs/06_evaluation.ipynb #cbb80a00
+def plot_reliability(y_true: np.ndarray, y_prob: np.ndarray, bins: int = 15, ax: Axes | None = None, label: str | None = None) -> Figure:
+    """Draw accuracy against confidence (see `calibration_table`), with the share of the images in each bin.
+
+    Parameters
+    ----------
+    y_true : ndarray of int, shape (n,)
+    y_prob : ndarray of float, shape (n, n_classes)
+    bins : int
+    ax : Axes, optional
+        Where to draw; by default a figure of its own. Several models may share one, each with a `label`.
+    label : str, optional
+
+    Returns
+    -------
+    Figure
+    """
+    table = calibration_table(y_true, y_prob, bins)
+    if ax is None:
+        fig, ax = plt.subplots(figsize=(4.2, 3.8), layout="constrained")
+        plt.close(fig)  # out of pyplot's hands, or a notebook would show it twice
+    error = calibration_error(y_true, y_prob, bins)
+    line = ax.plot(table["confidence"], table["accuracy"], marker="o", markersize=4, label=f"{label or 'model'} (error {error:.3f})")[0]
+    ax.bar(table["low"], table["n"] / table["n"].sum(), 1 / bins, align="edge", color=line.get_color(), alpha=0.15)
+    if len(ax.lines) == 1:
+        ax.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1, zorder=0)
+    ax.set(xlabel="confidence", ylabel="accuracy; share of images", xlim=(0, 1), ylim=(0, 1.01))
+    ax.legend(frameon=False, fontsize=8)
+    return ax.figure
+
+# %% ../nbs/06_evaluation.ipynb #10e995ff
+def reweight(y_prob: np.ndarray, train_priors: np.ndarray, priors: np.ndarray | None = None) -> np.ndarray:
+    """Probabilities for a population with other shares of the classes.
+
+    Parameters
+    ----------
+    y_prob : ndarray of float, shape (n, n_classes)
+        Of a model trained on images with class shares `train_priors`.
+    train_priors, priors : ndarray of float, shape (n_classes,)
+        Shares (or counts) of the classes, above 0 in training; `priors` of None means equal shares.
+
+    Returns
+    -------
+    ndarray of float, shape (n, n_classes)
+        Rows sum to 1.
+
+    Raises
+    ------
+    ValueError
+        If a share is missing or negative, or the training lacked a class.
+    """
+    y_prob, old = np.asarray(y_prob, float), np.asarray(train_priors, float)
+    new = np.ones_like(old) if priors is None else np.asarray(priors, float)
+    if old.shape != y_prob.shape[1:] or new.shape != old.shape or not (old > 0).all() or not (new >= 0).all() or new.sum() == 0:
+        raise ValueError(f"class shares are {old.tolist()} in training and {new.tolist()} now; wanted {y_prob.shape[1]} each, above 0 in training and not all 0 now.")
+    weighted = y_prob * (new / new.sum() / (old / old.sum()))
+    return weighted / np.maximum(weighted.sum(1, keepdims=True), np.finfo(float).tiny)
+
+def estimate_priors(y_prob: np.ndarray, train_priors: np.ndarray, rounds: int = 500) -> np.ndarray:
+    """Shares of the classes in unlabelled images, from a calibrated model's probabilities (EM; Saerens et al. 2002, doi:10.1162/089976602753284446).
+
+    Parameters and errors as `reweight`; returns float (n_classes,), which sum to 1.
+    """
+    priors = np.asarray(train_priors, float) / np.sum(train_priors)
+    for _ in range(rounds):
+        before, priors = priors, reweight(y_prob, train_priors, priors).mean(0)
+        if abs(priors - before).max() < 1e-7:
+            break
+    return priors
+
+# %% ../nbs/06_evaluation.ipynb #21dcf76e
+def mcnemar(y_true: np.ndarray, y_pred: np.ndarray, other: np.ndarray) -> dict:
+    """McNemar's exact test of two classifiers on the same images (doi:10.1007/BF02295996).
+
+    Parameters
+    ----------
+    y_true, y_pred, other : ndarray of int, shape (n,)
+        Truth and both predictions.
+
+    Returns
+    -------
+    dict
+        `first_only`, `second_only`: images that only this one gets right; `difference` in accuracy, first minus second;
+        `p_value`, two-sided: how often two equally good classifiers would differ as much.
+
+    Raises
+    ------
+    ValueError
+        If the lengths differ.
+    """
+    y_true, y_pred, other = (np.asarray(values) for values in (y_true, y_pred, other))
+    if not y_true.shape == y_pred.shape == other.shape or y_true.ndim != 1 or len(y_true) == 0:
+        raise ValueError(f"shapes are {y_true.shape}, {y_pred.shape} and {other.shape}; wanted three equal ones (n,), n at least 1: both models on the same images.")
+    first, second = int(((y_pred == y_true) & (other != y_true)).sum()), int(((y_pred != y_true) & (other == y_true)).sum())
+    p_value = float(binomtest(first, first + second).pvalue) if first + second else 1.0
+    return {"first_only": first, "second_only": second, "difference": (first - second) / len(y_true), "p_value": p_value}
+
+# %% ../nbs/06_evaluation.ipynb #e996be1a
+TTA: dict[str, tuple[tuple[int, bool], ...]] = {  # (quarter turns, mirrored)
+    "none": ((0, False),),
+    "flips": ((0, False), (0, True), (2, False), (2, True)),
+    "symmetries": tuple((turns, mirrored) for mirrored in (False, True) for turns in range(4)),
+}
+
+def view(images: np.ndarray, turns: int, mirrored: bool) -> np.ndarray:
+    """Pictures (n, side, side, 3), mirrored left to right if asked, then turned so many times by 90 degrees."""
+    return np.ascontiguousarray(np.rot90(images[:, :, ::-1] if mirrored else images, turns, axes=(1, 2)))
+
+def average_views(predict: Callable[[np.ndarray], np.ndarray], images: np.ndarray, tta: str = "none") -> np.ndarray:
+    """The mean of what a classifier says of several views of each picture.
+
+    Parameters
+    ----------
+    predict : callable
+        Pictures to probabilities (n, n_classes), e.g. `functools.partial(bloodnb.training.predict, model)`.
+    images : ndarray of uint8, shape (n, side, side, 3)
+    tta : {"none", "flips", "symmetries"}
+        The picture itself; with its mirror images (4 views); all eight turned and mirrored ones of a square.
+
+    Returns
+    -------
+    ndarray of float, shape (n, n_classes)
+
+    Raises
+    ------
+    ValueError
+        If there is no such `tta`, with the nearest names.
+    """
+    if tta not in TTA:
+        raise ValueError(unknown_name("tta", tta, TTA))
+    return sum(np.asarray(predict(view(images, *one)), np.float64) for one in TTA[tta]) / len(TTA[tta])
 
 # %% ../nbs/06_evaluation.ipynb #f1997908
 def find_mistakes(cells: CellImages, y_prob: np.ndarray) -> pd.DataFrame:

@@ -21,8 +21,8 @@ from .networks import NETWORKS, head_layers, with_group_norm
 
 # %% auto #0
 __all__ = ['SCALES', 'BACKBONES', 'NORMALIZATIONS', 'PRECISIONS', 'ImageNetScale', 'Backbone', 'backbone_name', 'find_backbone',
-           'backbone_table', 'build_backbone', 'classifier', 'feature_model', 'head_model', 'feature_extractor',
-           'image_features']
+           'backbone_table', 'build_backbone', 'classifier', 'load_classifier', 'feature_model', 'head_model',
+           'feature_extractor', 'image_features']
 
 # %% ../nbs/04_models.ipynb #4069b25d
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's RGB, 0..1
@@ -174,16 +174,28 @@ def build_backbone(name: str, weights: str | Path | None = "imagenet", image_siz
     """
     row = find_backbone(name)
     if image_size < row.min_size:
-        raise ValueError(f"image_size is {image_size}; {name} wants at least {row.min_size}. Remedy: a larger image_size or another backbone.")
+        raise ValueError(f"image_size is {image_size}; {name} wants at least {row.min_size}. Remedy: a larger image_size, an input_size to which the model enlarges pictures, or another backbone.")
     if weights is None or str(weights).lower() == "none":
         return _application(row, None, image_size)
     if str(weights).lower() == "imagenet":
         if not row.pretrained:
             raise ValueError(f"nobody publishes weights of {name}, which the reports trained from random ones. Remedy: weights none, or a file of your own.")
         return _with_imagenet(name, row, image_size)
-    return _with_file(name, _application(row, None, image_size) if Path(weights).is_file() else None, Path(weights))
+    return _with_file(name, _for_imagenet_file(row, image_size) if Path(weights).is_file() else None, Path(weights))
 
 # %% ../nbs/04_models.ipynb #13a455c6
+def _for_imagenet_file(row: Backbone, image_size: int) -> keras.Model:
+    "A backbone as Keras builds it for its ImageNet weights. EfficientNet has one layer more then, without weights, which a file cannot bring along."
+    model = _application(row, None, image_size)
+    if not row.application.startswith("EfficientNetB"):
+        return model
+
+    def with_scale(layer, *inputs, **options):
+        x = layer(*inputs, **options)
+        return keras.layers.Rescaling([1 / np.sqrt(std) for std in _STD], name="rescaling_of_imagenet")(x) if isinstance(layer, keras.layers.Normalization) else x
+
+    return keras.models.clone_model(model, call_function=with_scale)
+
 def _with_imagenet(name: str, row: Backbone, image_size: int) -> keras.Model:
     try:
         return _application(row, "imagenet", image_size)
@@ -261,7 +273,7 @@ def classifier(
     precision : {"float32", "mixed_float16", "mixed_bfloat16"}
         Of the arithmetic; the weights and the probabilities stay float32.
     n_classes, seed : int
-        Number of probabilities; seed of the initial weights and the dropout.
+        Number of probabilities; seed of the initial weights and the dropout. Keras draws both from the global generators, which are seeded anew.
 
     Returns
     -------
@@ -272,13 +284,32 @@ def classifier(
     with _precision(precision):
         images = x = keras.Input((image_size, image_size, 3), name="images")
         if input_size and input_size != image_size:
-            x = keras.layers.Resizing(input_size, input_size, name="resize")(x)
+            x = keras.layers.Resizing(input_size, input_size, dtype="float32", name="resize")(x)
         trunk = _trunk(backbone, weights, input_size or image_size, normalization)
         x = trunk(ImageNetScale(_scale_of(backbone, scale), dtype="float32", name="scale")(x))
         x = keras.layers.GlobalAveragePooling2D(name="pool")(x)
         for layer in head_layers(head, x.shape[-1], dropout_rate, seed):
             x = layer(x)
         return keras.Model(images, keras.layers.Dense(n_classes, activation="softmax", dtype="float32", name="probabilities")(x), name="classifier")
+
+# %% ../nbs/04_models.ipynb #ecf5d8e5
+def load_classifier(path: str | Path) -> keras.Model:
+    """A classifier from a `.keras` file, ready to predict; code that a file might carry is refused.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If there is no such file, or it is damaged or no classifier of this library.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no model {path}; wanted a .keras file.")
+    try:
+        model = keras.saving.load_model(path, compile=False, safe_mode=True)
+        model.get_layer("backbone"), model.get_layer("pool")
+    except Exception as error:  # zipfile, h5py, json and Keras each have their own
+        raise ValueError(f"{path} does not hold a classifier that can be read ({type(error).__name__}: {str(error)[:200]}). Remedy: the model.keras of a finished run.") from error
+    return model
 
 # %% ../nbs/04_models.ipynb #ee9a2f71
 def feature_model(model: keras.Model) -> keras.Model:

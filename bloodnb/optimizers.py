@@ -62,6 +62,8 @@ class RAdam(keras.optimizers.Optimizer):
 
     def __init__(self, learning_rate=1e-3, beta_1=0.9, beta_2=0.999, epsilon=1e-8, **kwargs):
         super().__init__(learning_rate=learning_rate, **kwargs)
+        if not 0 < beta_1 < 1 or not 0 < beta_2 < 1:
+            raise ValueError(f"beta_1 is {beta_1}, beta_2 {beta_2}; wanted numbers between 0 and 1, both ends left out.")
         self.beta_1, self.beta_2, self.epsilon = beta_1, beta_2, epsilon
 
     def build(self, variables):
@@ -108,7 +110,7 @@ class Ranger(RAdam):
 
     def __init__(self, learning_rate=1e-3, beta_1=0.9, beta_2=0.999, epsilon=1e-8, sync_period=6, slow_step_size=0.5, **kwargs):
         super().__init__(learning_rate, beta_1, beta_2, epsilon, **kwargs)
-        if sync_period < 1 or not 0 < slow_step_size <= 1:
+        if sync_period != int(sync_period) or sync_period < 1 or not 0 < slow_step_size <= 1:
             raise ValueError(f"sync_period={sync_period}, slow_step_size={slow_step_size}; wanted a whole number of steps from 1, and a share above 0 up to 1.")
         self.sync_period, self.slow_step_size = sync_period, slow_step_size
 

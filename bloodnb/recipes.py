@@ -19,10 +19,12 @@ from .augmentation import ENGINES, check_augmentation
 from .balancing import check_balance
 from .cleaning import BACKGROUNDS, check_cleaning
 from .data import unknown_name
+from .evaluation import TTA
 from .models import NORMALIZATIONS, PRECISIONS, SCALES, backbone_name, find_backbone
 from .networks import HEADS, parse_head
 from .optimizers import LOSSES, OPTIMIZERS, SCHEDULES
 from .reports import REPORTS
+from .shifts import VALIDATIONS
 from .training import MONITORS, TrainingPlan, best_epochs, check_plan, parse_unfreeze
 
 # %% auto #0
@@ -79,6 +81,8 @@ class _DataChoices:
     balance: str = "none"
     val_fraction: float = 0.15
     test_fraction: float = 0.15
+    validation: str = "clean"
+    tta: str = "none"
 
 @dataclass(frozen=True)
 class _ModelChoices:
@@ -108,6 +112,10 @@ class Recipe(TrainingPlan, _ModelChoices, _DataChoices):
         Key of `bloodnb.balancing.BALANCES`: what is added to the training part so that rare classes count.
     val_fraction, test_fraction : float
         Fractions of the images kept for validation and test. With a test set of its own a run uses no `test_fraction`.
+    validation : str
+        By which validation pictures the best epoch is chosen: "clean", or a key of `bloodnb.corruptions.SUITES` for one shifted copy of them.
+    tta : str
+        Key of `bloodnb.evaluation.TTA`: the views of each picture whose mean is the prediction.
     backbone, weights, image_size, input_size, scale, head, dropout_rate, precision
         See `bloodnb.models.classifier`.
 
@@ -132,6 +140,7 @@ _share, _epochs, _positive = _number(float, 0, 1, high_open=True), _number(int, 
 
 _RULES: dict[str, Callable[[Any], Any]] = {
     "cleaning": check_cleaning, "background": _one_of("background", BACKGROUNDS), "balance": check_balance, "val_fraction": _share, "test_fraction": _share,
+    "validation": _one_of("validation", VALIDATIONS), "tta": _one_of("tta", TTA),
     "backbone": backbone_name, "weights": _weights, "image_size": _number(int, 32, 1024), "input_size": _input_size,
     "scale": _auto_or("auto", _one_of("scale", SCALES)), "head": _head, "dropout_rate": _share, "precision": _one_of("precision", PRECISIONS),
     "head_epochs": _epochs, "head_learning_rate": _number(float, 0, 1e30), "head_batch_size": _number(int, 0, 65_536),
@@ -218,7 +227,10 @@ def choices_for(function: Callable, recipe: Recipe) -> dict[str, Any]:
     """The choices of a recipe that a function takes as arguments of the same name."""
     return {name: getattr(recipe, name) for name in inspect.signature(function).parameters if name in recipe_fields()}
 
-def on_all_data(recipe: Recipe, history: pd.DataFrame) -> tuple[Recipe, tuple[int, int]]:
+# Choices in which a last training may differ from the run that found its epochs.
+_FREE = ("val_fraction", "test_fraction", "validation", "tta", "weights", "jit_compile", "seed")
+
+def on_all_data(recipe: Recipe, history: pd.DataFrame, earlier: Mapping[str, Any] | None = None) -> tuple[Recipe, tuple[int, int]]:
     """A last training on all data: the recipe without validation images, and the epochs after which its phases stop.
 
     Parameters
@@ -226,12 +238,17 @@ def on_all_data(recipe: Recipe, history: pd.DataFrame) -> tuple[Recipe, tuple[in
     recipe : Recipe
     history : DataFrame
         Of an earlier run of the same recipe, which had validation images.
+    earlier : dict, optional
+        The `choices` of that run, to be compared.
 
     Raises
     ------
     ValueError
-        If the history cannot say which epoch was best, or has more epochs than the recipe.
+        If the earlier run was of another recipe, or its history cannot say which epoch was best, or has more epochs than the recipe.
     """
+    other = [f"{name} {earlier[name]!r} there, {value!r} here" for name, value in dataclasses.asdict(recipe).items() if name in (earlier or {}) and name not in _FREE and earlier[name] != value]
+    if other:
+        raise ValueError(f"the earlier run is of another recipe: {'; '.join(other[:5])}. Wanted the same choices. Remedy: the recipe and -p values of that run.")
     stop_after = best_epochs(history, recipe.monitor)
     check_plan(recipe, stop_after)
     return dataclasses.replace(recipe, val_fraction=0.0), stop_after
@@ -249,7 +266,7 @@ def seeds_of(recipe: Recipe, repeats: Any) -> list[int]:
     """The seeds of so many trainings, from the recipe's on; ValueError if `repeats` is no whole number from 1 to 1000."""
     if isinstance(repeats, bool) or not isinstance(repeats, int) or not 1 <= repeats <= 1000:
         raise ValueError(f"repeats is {repeats!r}; wanted a whole number, 1 to 1000.")
-    return [recipe.seed + i for i in range(repeats)]
+    return [with_seed(recipe, recipe.seed + i).seed for i in range(repeats)]
 
 def with_test_data(recipe: Recipe, test_data: Any) -> Recipe:
     """The recipe of a run that has (or, with None, has not) a test set of its own: if so, nothing is kept back for a test.

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,10 +31,11 @@ import psutil
 from matplotlib.figure import Figure
 
 import bloodnb
-from .data import CellImages, find_source, unknown_name
+from .data import CLASS_NAMES, CellImages, find_source, sha256, unknown_name
 
 # %% auto #0
-__all__ = ['library_versions', 'git_revision', 'device_name', 'peak_memory', 'Run', 'start_run', 'read_history', 'file_sha256',
+__all__ = ['library_versions', 'git_revision', 'device_name', 'peak_memory', 'Run', 'start_run', 'read_run', 'read_history',
+           'read_split', 'train_counts', 'log_read', 'first_read', 'load_predictor', 'check_flags', 'file_sha256',
            'default_output', 'split_table', 'write_predictions', 'save_figure', 'finish_run', 'show_folder',
            'check_parameters', 'executed_notebook', 'notice']
 
@@ -199,30 +200,147 @@ def start_run(output: str | Path, overwrite: bool = False) -> Run:
 
     Raises
     ------
+    ValueError
+        If `overwrite` is neither True nor False.
     FileExistsError
         If something stands there that would be lost.
     PermissionError
         If the folder cannot be written.
     """
+    check_flags(overwrite=overwrite)
     output = Path(str(output))  # papermill makes a number of `-p output 1`
     partial = output.parent / f"{output.name}.partial-{os.getpid()}"
     _check_output(output, partial, overwrite)
     return Run(output, partial)
 
 # %% ../nbs/10_runs.ipynb #24a124cf
-def read_history(folder: str | Path) -> pd.DataFrame:
-    """`history.csv` of a finished run.
+def read_run(folder: str | Path, jobs: Sequence[str] = ("train",), wants: Sequence[str] = ()) -> dict[str, Any]:
+    """`run.json` of a finished run.
+
+    Parameters
+    ----------
+    folder : path
+    jobs : sequence of str
+        Which jobs' runs will do.
+    wants : sequence of str
+        Files that the folder must hold beside `run.json` and `metrics.json`.
 
     Raises
     ------
     FileNotFoundError
-        If the folder is no finished run.
+        If the folder is no finished run, with the names of those beside it, or lacks a file.
+    ValueError
+        If it is the run of another job, or `run.json` is damaged.
     """
-    path = Path(folder) / "history.csv"
-    if not path.is_file() or not (Path(folder) / "metrics.json").is_file():
-        beside = sorted(p.parent.name for p in Path(folder).parent.glob("*/metrics.json")) if Path(folder).parent.is_dir() else []
-        raise FileNotFoundError(f"{folder} is no finished training run (it has no metrics.json and history.csv). Wanted the folder of one; beside it are {beside or 'none'}.")
-    return pd.read_csv(path)
+    folder = Path(str(folder))
+    if not (folder / "metrics.json").is_file() or not (folder / "run.json").is_file():
+        beside = sorted(p.parent.name for p in folder.parent.glob("*/metrics.json")) if folder.parent.is_dir() else []
+        raise FileNotFoundError(f"{folder} is no finished run (it has no run.json and metrics.json). Wanted the folder of one; beside it are {beside or 'none'}.")
+    missing = [name for name in wants if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{folder} has no {', '.join(missing)}; wanted a run's whole folder. Remedy: run it again, or copy the file back.")
+    try:
+        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / 'run.json'} is damaged ({error}). Remedy: run it again.") from error
+    if not isinstance(record, dict) or record.get("job") not in jobs:
+        raise ValueError(f"{folder} is a run of {record.get('job') if isinstance(record, dict) else 'nothing known'}; wanted one of {', '.join(jobs)}.")
+    return record
+
+def read_history(folder: str | Path) -> pd.DataFrame:
+    """`history.csv` of a finished training run; errors as `read_run`."""
+    read_run(folder, wants=("history.csv",))
+    return pd.read_csv(Path(str(folder)) / "history.csv")  # papermill makes a number of `-p epochs_from 1`
+
+def read_split(folder: str | Path) -> pd.DataFrame:
+    """`split.csv` of a finished training run (see `split_table`); errors as `read_run`."""
+    read_run(folder, wants=("split.csv",))
+    return pd.read_csv(Path(str(folder)) / "split.csv")
+
+def train_counts(folder: str | Path, class_names: Sequence[str] = CLASS_NAMES) -> np.ndarray:
+    """How many pictures of each class a training run kept for training, before anything was filled up: int64 (n_classes,), from its `split.csv`."""
+    table = read_split(folder)
+    return np.array([int(((table["part"] == "train") & (table["label"] == name)).sum()) for name in class_names])
+
+# %% ../nbs/10_runs.ipynb #05e15ffc
+def log_read(folder: str | Path, data_sha256: str, **details: Any) -> int:
+    """Write into a finished run's `run.json` that its model was measured on a set of pictures.
+
+    Parameters
+    ----------
+    folder : path
+        Of the run.
+    data_sha256 : str
+        Of the pictures (`bloodnb.data.sha256`).
+    **details
+        What else to keep, such as the job and its output.
+
+    Returns
+    -------
+    int
+        How often the run has been measured on these pictures, this time included.
+
+    Raises
+    ------
+    PermissionError
+        If `run.json` cannot be written.
+    """
+    path = Path(str(folder)) / "run.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    record.setdefault("test_reads", []).append({"data_sha256": data_sha256, "when": _now(), **details})
+    new = path.with_name(f"run.json.{os.getpid()}")
+    try:
+        _write_json(new, record)
+        new.replace(path)
+    except OSError as error:
+        raise PermissionError(f"{path} cannot be written ({error.strerror or error}), and each look at a test set is written down there. "
+                              "Remedy: a copy of the run that you may write to.") from error
+    finally:
+        new.unlink(missing_ok=True)
+    return sum(read["data_sha256"] == data_sha256 for read in record["test_reads"])
+
+# %% ../nbs/10_runs.ipynb #1897d755
+def first_read(cells: CellImages, trainings: int = 1) -> list[dict[str, Any]]:
+    """What a training run keeps as `test_reads`: that its models were measured on these test pictures. `log_read` adds to it."""
+    return [{"data_sha256": sha256(cells), "when": _now(), "job": "train", "n": len(cells), "trainings": trainings}]
+
+def load_predictor(folder: str | Path) -> Callable[[np.ndarray], np.ndarray]:
+    """The classifier of a finished training run, as a function that does to pictures what the run did to its own.
+
+    Parameters
+    ----------
+    folder : path
+
+    Returns
+    -------
+    callable
+        Pictures uint8 (n, height, width, 3), RGB, 0..255, of the run's `image_size`, to probabilities float32 (n, n_classes).
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As `read_run`, or if `model.keras` cannot be read.
+    """
+    from bloodnb.cleaning import set_background
+    from bloodnb.models import load_classifier
+    from bloodnb.training import predict
+
+    choices = read_run(folder, wants=("model.keras",))["choices"]
+    model = load_classifier(Path(str(folder)) / "model.keras")
+    return lambda images: predict(model, set_background(CellImages(images), choices["background"]).images)
+
+# %% ../nbs/10_runs.ipynb #0262ea26
+def check_flags(**flags: Any) -> None:
+    """Refuse what is neither True nor False: papermill hands `false` on as a text, which Python takes for true.
+
+    Raises
+    ------
+    ValueError
+        That names the flag.
+    """
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} is {value!r}; wanted True or False, with a capital letter.")
 
 # %% ../nbs/10_runs.ipynb #43a7b17e
 def file_sha256(path: str | Path) -> str | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import html
+import math
 import re
 import time
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +19,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from . import __version__, augmentation, operations
+from . import __version__, augmentation, models, networks, operations
 from .augmentation import Augmenter, check_augmentation, find_pipeline, keras_cv_dataset, one_hot, to_dict
 from .checkpoints import Checkpoint, cached_array, fingerprint, model_fingerprint, restore
 from .data import CellImages, unknown_name
@@ -27,7 +28,8 @@ from .optimizers import LOSSES, build_optimizer, plateau_callback
 
 # %% auto #0
 __all__ = ['MONITORS', 'set_seed', 'Batches', 'KerasCVBatches', 'parse_unfreeze', 'set_trainable', 'class_weights', 'EpochTable',
-           'StopOnNaN', 'predict', 'TrainingPlan', 'check_plan', 'train_classifier', 'best_epochs', 'plot_history']
+           'StopOnNaN', 'predict', 'TrainingPlan', 'check_plan', 'check_model', 'train_classifier', 'best_epochs',
+           'plot_history']
 
 # %% ../nbs/05_training.ipynb #ed4550c4
 def set_seed(seed: int) -> None:
@@ -425,11 +427,37 @@ def check_plan(plan: TrainingPlan, stop_after: tuple[int, int] | None = None) ->
     Raises
     ------
     ValueError
-        If there is nothing to train, a name is unknown, or choices do not go together.
+        If there is nothing to train, a name is unknown, a number is out of range, or choices do not go together.
     """
+    parse_unfreeze(plan.unfreeze)
+    if plan.normalization not in NORMALIZATIONS:
+        raise ValueError(unknown_name("normalization", plan.normalization, NORMALIZATIONS))
+    for name, low, high in (("batch_size", 1, math.inf), ("head_batch_size", 0, math.inf), ("patience", 1, math.inf), ("replicates", 0, math.inf),
+                            ("label_smoothing", 0, 0.999_999), ("ema", 0, 0.999_999)):
+        if not low <= getattr(plan, name) <= high:
+            raise ValueError(f"{name} is {getattr(plan, name)!r}; wanted {low}{' or more' if high == math.inf else ' to below 1'}.")
+    if plan.jit_compile not in (True, False, "auto"):
+        raise ValueError(f"jit_compile is {plan.jit_compile!r}; wanted True, False or auto.")
     for phase in _phases(plan, stop_after):
         build_optimizer(plan.optimizer, phase.learning_rate, schedule=plan.schedule, epochs=phase.epochs, warmup_epochs=plan.warmup_epochs,
                         weight_decay=plan.weight_decay, ema=plan.ema)
+
+# %% ../nbs/05_training.ipynb #c62f1459
+def check_model(model: keras.Model, images: np.ndarray, plan: TrainingPlan) -> None:
+    """Refuse a model that a plan cannot be carried out with, before the first epoch rather than after the first phase.
+
+    Raises
+    ------
+    ValueError
+        If it is no `bloodnb.models.classifier`, takes pictures of another size, or has fewer layers than `unfreeze` counts.
+    """
+    names = [layer.name for layer in model.layers]
+    if "backbone" not in names or "pool" not in names:
+        raise ValueError(f"the model has the layers {', '.join(names[:6])}, ...; wanted a bloodnb.models.classifier, with a backbone and a pool.")
+    if tuple(images.shape[1:]) != tuple(model.input_shape[1:]):
+        raise ValueError(f"pictures are {images.shape[1:]} and the model takes {model.input_shape[1:]}. Remedy: classifier(image_size=...) of the pictures' side.")
+    if plan.epochs > 0:
+        _learning_layers(model.get_layer("backbone"), parse_unfreeze(plan.unfreeze))
 
 # %% ../nbs/05_training.ipynb #8b06d6a8
 def _compile(model, phase: _Phase, plan: TrainingPlan, steps: int) -> None:
@@ -472,16 +500,16 @@ def _fit(model, train, val, phase: _Phase, plan: TrainingPlan, table: EpochTable
 _REPLICATES = 1_000_000  # where the numbers of the copies begin
 
 @functools.cache
-def _altering_code() -> str:
-    "The fingerprint of the code that alters pictures: another version of it makes other copies of the same plan."
-    return fingerprint(*(Path(module.__file__).read_text() for module in (augmentation, operations)))
+def _code(*modules) -> str:
+    "The fingerprint of code that makes what is kept: another version of it makes something else of the same plan."
+    return fingerprint(*(Path(module.__file__).read_text() for module in modules))
 
 class _Features:
     "What a resting backbone makes of pictures, from the cache where it was made before; each copy of a set is a file of its own, so a killed run keeps those done."
 
     def __init__(self, trunk: keras.Model, cache: Path | None):
         self.trunk, self.cache = trunk, cache
-        self.key = model_fingerprint(trunk) if cache is not None else ""
+        self.key = fingerprint(_code(models, networks), model_fingerprint(trunk)) if cache is not None else ""
 
     def of(self, images: np.ndarray) -> np.ndarray:
         key = fingerprint(self.key, images) if self.cache is not None else ""
@@ -496,7 +524,7 @@ class _Features:
             parts = [made(at, _REPLICATES + copy) for at in np.array_split(np.arange(len(train)), -(-len(train) // 128))]
             return np.concatenate([np.hstack([predict(self.trunk, images), labels]) for images, labels in parts])
 
-        key = fingerprint(self.key, _altering_code(), train.images, train.labels, train.index, to_dict(altering), copy) if self.cache is not None else ""
+        key = fingerprint(self.key, _code(augmentation, operations), train.images, train.labels, train.index, to_dict(altering), copy) if self.cache is not None else ""
         joined = cached_array(self.cache, key, both)
         return joined[:, :-n_classes], joined[:, -n_classes:]
 
@@ -531,7 +559,9 @@ def _one_phase(model, train, val, phase: _Phase, plan: TrainingPlan, cache, tabl
         features = _Features(feature_model(model), cache)
         batches = _head_batches(features, train, plan, phase.batch_size, weights)
         tested = val and Batches(features.of(val.images), val.labels, classes, phase.batch_size)
-        return _fit(head_model(model), batches, tested, phase, plan, table, saver)
+        head = head_model(model)
+        _fit_momentum(head, len(batches))
+        return _fit(head, batches, tested, phase, plan, table, saver)
     set_trainable(model, plan.unfreeze, plan.normalization)
     batches = _image_batches(train, plan, phase.batch_size, weights)
     _fit_momentum(model, len(batches))
@@ -539,7 +569,8 @@ def _one_phase(model, train, val, phase: _Phase, plan: TrainingPlan, cache, tabl
 
 def _saver(path, model, train, val, plan: TrainingPlan, stop_after) -> Checkpoint:
     held = [] if val is None else [val.images, val.labels]
-    return Checkpoint(path, fingerprint(__version__, model_fingerprint(model), asdict(plan), stop_after, train.images, train.labels, train.index, *held))
+    code = _code(augmentation, operations, models, networks)
+    return Checkpoint(path, fingerprint(__version__, code, model_fingerprint(model), asdict(plan), stop_after, train.images, train.labels, train.index, *held))
 
 
 def _remaining(phases: list[_Phase], saver: Checkpoint, table: EpochTable) -> list[_Phase]:
@@ -585,7 +616,12 @@ def train_classifier(model: keras.Model, train: CellImages, val: CellImages | No
     FloatingPointError, ValueError
         If the loss is not finite; if there is nothing to train, or a name is unknown.
     """
+    for name in choices:
+        if name not in TrainingPlan.__dataclass_fields__:
+            raise ValueError(unknown_name("choice", name, TrainingPlan.__dataclass_fields__))
     plan = replace(plan or TrainingPlan(), **choices)
+    check_plan(plan, stop_after)
+    check_model(model, train.images, plan)
     phases, table = _phases(plan, stop_after), EpochTable(verbose)
     set_seed(plan.seed)
     saver = None if checkpoint is None else _saver(checkpoint, model, train, val, plan, stop_after)
@@ -614,10 +650,12 @@ def best_epochs(history: pd.DataFrame, monitor: str = "val_loss") -> tuple[int, 
     Raises
     ------
     ValueError
-        If the history has no such column.
+        If the history has no such column, or no number in it.
     """
-    if monitor not in history:
-        raise ValueError(f"the history has no {monitor}, only {', '.join(history.columns)}; wanted that of a run with validation images.")
+    missing = {"phase", "epoch", monitor} - set(history.columns)
+    if missing or len(history) == 0 or history[monitor].isna().any():
+        what = f"no {' and no '.join(sorted(missing))}, only {', '.join(history.columns)}" if missing else f"{len(history)} epochs, {int(history[monitor].isna().sum())} of them without a {monitor}"
+        raise ValueError(f"the history has {what}; wanted that of a run with validation images.")
     best = {phase: rows.loc[rows[monitor].idxmax() if "accuracy" in monitor else rows[monitor].idxmin(), "epoch"] for phase, rows in history.groupby("phase")}
     return int(best.get("head", 0)), int(best.get("fine-tune", 0))
 

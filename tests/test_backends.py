@@ -52,7 +52,7 @@ resumed, again = fit(folder / "state.npz")
 answers = {
     "backend": keras.backend.backend(), "phases": history["phase"].tolist(), "broken after": len(written),
     "same": all(np.array_equal(a, b) for a, b in zip(straight.get_weights(), resumed.get_weights())) and history.drop(columns="seconds").equals(again.drop(columns="seconds")),
-    "finite": bool(np.isfinite(history["loss"]).all()), "features kept": len(list((folder / "features").glob("*.npy"))),
+    "finite": bool(np.isfinite(history["loss"]).all()), "features kept": len(list((folder / "features").glob("*.npz"))),
 }
 for file in folder.glob("*.keras"):
     answers[file.stem] = predict(keras.saving.load_model(file), cells.images[:8]).tolist()

@@ -9,8 +9,9 @@ import keras
 import numpy as np
 import pytest
 from jobs import NO_NETWORK, job_environment
+from keras.src.utils import file_utils  # what Keras downloads its weights with; there is no public name for it
 
-from bloodnb.models import BACKBONES, classifier, feature_extractor, find_backbone, image_features
+from bloodnb.models import BACKBONES, build_backbone, classifier, feature_extractor, find_backbone, image_features
 from bloodnb.networks import HEADS
 from bloodnb.optimizers import build_optimizer
 
@@ -166,3 +167,15 @@ def test_dense_layers_of_vgg_are_features(fresh_keras):
     features = image_features(images, extractor)
     assert features.shape == (2, 4096) and (features >= 0).all() and not np.allclose(features[0], features[1])
     assert [layer.scale for layer in extractor.layers if hasattr(layer, "scale")] == ["BGR-mean"] and {224} == {layer.height for layer in extractor.layers if hasattr(layer, "height")}
+
+
+# Families whose Keras function looks at `weights` while it builds, or might: EfficientNet gets a layer more with "imagenet".
+@pytest.mark.parametrize("backbone", ["EfficientNetB0", "EfficientNetV2B0", "MobileNetV3Small", "ConvNeXtTiny", "ResNet50"])
+def test_weights_from_a_file_make_the_same_backbone_as_keras_own(backbone, tmp_path, monkeypatch, fresh_keras):
+    row = find_backbone(backbone)
+    make = getattr(keras.applications, row.application)
+    make(include_top=False, weights=None, input_shape=(32, 32, 3)).save_weights(tmp_path / "own.weights.h5")
+    monkeypatch.setattr(file_utils, "get_file", lambda *args, **kwargs: str(tmp_path / "own.weights.h5"))
+    downloaded, given = (build_backbone(backbone, weights, 32) for weights in ("imagenet", tmp_path / "own.weights.h5"))
+    assert [type(layer) for layer in downloaded.layers] == [type(layer) for layer in given.layers]
+    assert np.allclose(said(downloaded, pictures(32)), said(given, pictures(32)), atol=1e-5)
