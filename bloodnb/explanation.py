@@ -5,7 +5,9 @@
 # %% ../nbs/07_explanation.ipynb #685719ee
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import cv2
 import keras
@@ -15,14 +17,17 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from .cleaning import set_background
 from .data import CellImages, take, unknown_name
 from .evaluation import find_mistakes
 from .exploration import cell_masks
+from .models import load_classifier
+from .runs import read_run
 from .training import predict
 
 # %% auto #0
 __all__ = ['SMALLEST_MAP', 'GRADIENTS', 'METHODS', 'split_model', 'grad_cam', 'cell_mask', 'focus', 'focus_table', 'overlay',
-           'show_heatmaps', 'explain', 'show_mistake_heatmaps', 'show_shifted_heatmaps']
+           'show_heatmaps', 'explain', 'show_mistake_heatmaps', 'show_shifted_heatmaps', 'explain_run']
 
 # %% ../nbs/07_explanation.ipynb #9b1ebf1b
 SMALLEST_MAP = 6  # pixels on a side
@@ -84,6 +89,7 @@ def _before_softmax(last: keras.layers.Layer) -> list:
     scores.set_weights(last.get_weights())
     return [scores]
 
+# %% ../nbs/07_explanation.ipynb #7ff2185e
 def split_model(model: keras.Model, layer: str | None = None) -> tuple[keras.Model, keras.Model]:
     """Cut a classifier in two at a feature map.
 
@@ -176,6 +182,7 @@ def _enlarged(heat: np.ndarray, height: int, width: int) -> np.ndarray:
     largest = large.max((1, 2), keepdims=True)
     return np.divide(large, largest, out=np.zeros_like(large), where=largest > 0)
 
+# %% ../nbs/07_explanation.ipynb #d51613ca
 def grad_cam(model: keras.Model, images: np.ndarray, classes: int | np.ndarray | None = None, layer: str | None = None, batch_size: int = 32,
              method: str = "grad_cam") -> np.ndarray:
     """Heat maps of what in each picture speaks for a class.
@@ -273,6 +280,7 @@ def focus(heatmaps: np.ndarray, masks: np.ndarray) -> pd.DataFrame:
     rows[(total == 0) | ~masks.any((1, 2))] = np.nan
     return rows
 
+# %% ../nbs/07_explanation.ipynb #ce6c5a9a
 def _focus_row(rows: pd.DataFrame, right: np.ndarray) -> dict:
     rows, right = rows[rows["chance"].notna()], right[rows["chance"].notna()]
     n, on = len(rows), rows["on_cell"]
@@ -365,8 +373,12 @@ def show_heatmaps(cells: CellImages, heatmaps: np.ndarray, y_prob: np.ndarray, n
         row[0].set_ylabel(cells.class_names[label], fontsize=8)
     return fig
 
+# %% ../nbs/07_explanation.ipynb #5be81699
+def _as_seen(images: np.ndarray, background: str) -> np.ndarray:
+    return set_background(CellImages(images), background).images
+
 def explain(model: keras.Model, cells: CellImages, y_prob: np.ndarray, per_class: int = 25, shown: int = 4, layer: str | None = None, method: str = "hires_cam",
-            seed: int = 0) -> tuple[Figure, pd.DataFrame]:
+            seed: int = 0, background: str = "keep") -> tuple[Figure, pd.DataFrame]:
     """Heat maps of some cells of each class as a figure, and how much of them lies on the cell as a table.
 
     Parameters
@@ -380,6 +392,8 @@ def explain(model: keras.Model, cells: CellImages, y_prob: np.ndarray, per_class
     per_class, shown : int
         Cells of each class that are drawn for the table, and the first of these that are shown.
     seed : int
+    background : str
+        What becomes of the background before the model sees a picture (`bloodnb.cleaning.set_background`). The cell is looked for, and shown, in the picture as it was.
 
     Returns
     -------
@@ -388,32 +402,37 @@ def explain(model: keras.Model, cells: CellImages, y_prob: np.ndarray, per_class
     DataFrame
         See `focus_table`.
     """
+    if cells.labels is None or len(y_prob) != len(cells):
+        raise ValueError(f"{len(cells)} cells {'without' if cells.labels is None else 'with'} labels and {len(y_prob)} rows of y_prob; wanted labels, and a row for each cell.")
     rng = np.random.default_rng(seed)
     chosen = np.concatenate([rng.permutation(np.flatnonzero(cells.labels == label))[:per_class] for label in np.unique(cells.labels)])
     part, y_prob = take(cells, cells.index[chosen]), y_prob[chosen]
-    heatmaps, masks = grad_cam(model, part.images, y_prob.argmax(1), layer, method=method), cell_mask(part.images)
+    heatmaps, masks = grad_cam(model, _as_seen(part.images, background), y_prob.argmax(1), layer, method=method), cell_mask(part.images)
     return show_heatmaps(part, heatmaps, y_prob, shown, masks), focus_table(part, y_prob, focus(heatmaps, masks))
 
 # %% ../nbs/07_explanation.ipynb #f43469a4
-def show_mistake_heatmaps(model: keras.Model, cells: CellImages, y_prob: np.ndarray, n: int = 8, layer: str | None = None, method: str = "hires_cam") -> Figure:
-    """The `n` surest mistakes (`bloodnb.evaluation.find_mistakes`): the picture, what speaks for the class that was named, and what for the true one."""
+def show_mistake_heatmaps(model: keras.Model, cells: CellImages, y_prob: np.ndarray, n: int = 8, layer: str | None = None, method: str = "hires_cam",
+                          background: str = "keep") -> Figure:
+    """The `n` surest mistakes (`bloodnb.evaluation.find_mistakes`): the picture, what speaks for the class that was named, and what for the true one; see `explain`."""
     mistakes = find_mistakes(cells, y_prob).head(n)
     fig, axes = _grid(3, max(1, len(mistakes)))
     if mistakes.empty:
         fig.text(0.5, 0.5, "no mistakes", ha="center")
         return fig
     part = take(cells, mistakes["index"])
-    of_class = [grad_cam(model, part.images, [cells.class_names.index(name) for name in mistakes[column]], layer, method=method) for column in ("predicted", "true")]
+    of_class = [grad_cam(model, _as_seen(part.images, background), [cells.class_names.index(name) for name in mistakes[column]], layer, method=method) for column in ("predicted", "true")]
     rows = (part.images, *(overlay(part.images, heat) for heat in of_class))
     titles = (mistakes["true"], [f"{row.predicted} {row.y_prob:.2f}" for row in mistakes.itertuples()], [f"{row.true} {row.y_prob_true:.2f}" for row in mistakes.itertuples()])
     for row, pictures, texts, name in zip(axes, rows, titles, ("picture", "for the named", "for the true")):
         for k, (ax, picture, text) in enumerate(zip(row, pictures, texts)):
             ax.axis("on")
-            _draw(ax, picture, text, wrong=row is axes[1])
+            _draw(ax, picture, text, wrong=name == "for the named")
         row[0].set_ylabel(name, fontsize=8)
     return fig
 
-def show_shifted_heatmaps(model: keras.Model, cells: CellImages, shifted: np.ndarray, n: int = 5, layer: str | None = None, method: str = "hires_cam") -> Figure:
+# %% ../nbs/07_explanation.ipynb #8cfb692b
+def show_shifted_heatmaps(model: keras.Model, cells: CellImages, shifted: np.ndarray, n: int = 5, layer: str | None = None, method: str = "hires_cam",
+                          names: Sequence[str] = ()) -> Figure:
     """The first `n` cells above and their shifted pictures below, each beside its heat map for the class that the model names.
 
     Parameters
@@ -423,19 +442,59 @@ def show_shifted_heatmaps(model: keras.Model, cells: CellImages, shifted: np.nda
     cells : CellImages
         With labels, or without: then no name is red.
     shifted : ndarray of uint8, shape (len(cells), height, width, 3)
-        The same cells, altered in any way.
+        The same cells, altered in any way (`bloodnb.corruptions`).
     n : int
+    names : sequence of str
+        What was done to each, to stand above the shifted pictures.
     """
     if shifted.shape != cells.images.shape:
         raise ValueError(f"shifted has shape {shifted.shape}; wanted that of the cells, {cells.images.shape}.")
     n = min(n, len(cells))
     fig, axes = _grid(2, 2 * n)
-    for row, images, name in zip(axes, (cells.images[:n], shifted[:n]), ("clean", "shifted")):
+    for row, images, name, above in zip(axes, (cells.images[:n], shifted[:n]), ("clean", "shifted"), ((), names)):
         y_prob = predict(model, images)
-        laid, names = overlay(images, grad_cam(model, images, y_prob.argmax(1), layer, method=method)), _named(cells.class_names, y_prob)
+        laid, said = overlay(images, grad_cam(model, images, y_prob.argmax(1), layer, method=method)), _named(cells.class_names, y_prob)
         for k in range(n):
             row[2 * k].axis("on"), row[2 * k + 1].axis("on")
-            _draw(row[2 * k], images[k])
-            _draw(row[2 * k + 1], laid[k], names[k], cells.labels is not None and y_prob[k].argmax() != cells.labels[k])
+            _draw(row[2 * k], images[k], above[k].replace("_", " ") if k < len(above) else "")
+            _draw(row[2 * k + 1], laid[k], said[k], cells.labels is not None and y_prob[k].argmax() != cells.labels[k])
         row[0].set_ylabel(name, fontsize=8)
     return fig
+
+# %% ../nbs/07_explanation.ipynb #8dc1c419
+def explain_run(run: str | Path, cells: CellImages, y_prob: np.ndarray, per_class: int = 25, mistakes: int = 8, seed: int = 0) -> tuple[dict[str, Figure], pd.DataFrame]:
+    """Heat maps of a finished training run.
+
+    Parameters
+    ----------
+    run : path
+        Folder of a run of `train.ipynb`.
+    cells : CellImages
+        With labels, of the run's `image_size`.
+    y_prob : ndarray of float, shape (len(cells), n_classes)
+        What the run says of them. With views averaged or classes reweighed the map is still that of the picture as it is, for the class that y_prob names.
+    per_class, mistakes : int
+        Cells of each class for the table (4 of them are shown); mistakes to show.
+    seed : int
+        Of the choice of cells.
+
+    Returns
+    -------
+    figures : dict
+        "heatmaps" (`show_heatmaps`) and "mistake_heatmaps" (`show_mistake_heatmaps`), both with `hires_cam`.
+    table : DataFrame
+        How much of the heat lies on the cell, by class (`focus_table`).
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As `bloodnb.runs.read_run`, or if the run is an ensemble (the members are named), or cells and y_prob do not fit.
+    """
+    folder = Path(str(run))
+    if (folder / "ensemble.json").is_file():
+        members = [entry["name"] for entry in json.loads((folder / "ensemble.json").read_text(encoding="utf-8"))["members"]]
+        raise ValueError(f"{run} is an ensemble, whose answer passes through no single feature map. Remedy: explain one of its members, {', '.join(members)}.")
+    background = read_run(folder, wants=("model.keras",))["choices"]["background"]
+    model = load_classifier(folder / "model.keras")
+    by_class, table = explain(model, cells, y_prob, per_class, seed=seed, background=background)
+    return {"heatmaps": by_class, "mistake_heatmaps": show_mistake_heatmaps(model, cells, y_prob, mistakes, background=background)}, table
