@@ -211,7 +211,7 @@ def plot_suite(metrics: Mapping, clean_accuracy: float | None = None, ax: Axes |
     return ax.figure
 
 # %% ../nbs/06_shifts.ipynb #f12f6cb7
-EVALUATE_PARAMETERS = ("run", "data", "output", "overwrite", "suites", "full", "tta", "prior", "seed")
+EVALUATE_PARAMETERS = ("run", "data", "output", "overwrite", "suites", "full", "tta", "prior", "heatmaps", "seed")
 
 def check_suites(suites: str | None) -> list[str]:
     """Names of suites from what the command line makes of them: "homework+held_out", "all", or "none" for no suite; ValueError with the nearest names."""

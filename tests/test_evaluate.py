@@ -16,7 +16,8 @@ from bloodnb import corruptions, evaluation, runs, shifts
 from bloodnb import data as cell_data
 
 evaluate = partial(run_job, "evaluate")
-LEFT_BY_A_RUN = {"run.json", "metrics.json", "predictions.npz", "held_out.csv.gz", "out.ipynb", *(f"figures/{name}.png" for name in ("confusion", "mistakes", "held_out", "reliability"))}
+LEFT_BY_A_RUN = {"run.json", "metrics.json", "predictions.npz", "held_out.csv.gz", "focus.csv", "out.ipynb",
+                 *(f"figures/{name}.png" for name in ("confusion", "mistakes", "heatmaps", "mistake_heatmaps", "held_out", "reliability"))}
 REAL = Path(os.environ.get("BLOODNB_DATA", ROOT.parent / "shared" / "data"))
 
 
