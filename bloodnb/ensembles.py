@@ -909,8 +909,9 @@ class SavedClassifier:
         return said[0] if self.record["job"] == "train" else f"{self.record['method']} of {len(said)}: {'; '.join(said)}"
 
     def operations(self) -> set[str]:
-        """Names of all augmenting operations that it was trained with, by any of its members."""
-        return set().union(*(operations_in(record["pipeline"]) for record in self.records if record["choices"].get("engine", "bloodnb") == "bloodnb"))
+        """Names of all augmenting operations that it was trained with, by any of its members, without those that only order others."""
+        found = (operations_in(record["pipeline"]) for record in self.records if record["choices"].get("engine", "bloodnb") == "bloodnb")
+        return set().union(*found) - {"Pipeline", "OneOf", "SomeOf"}
 
 # %% ../nbs/08_ensembles.ipynb #520468e7
 def split_of(classifier: SavedClassifier) -> pd.DataFrame:
