@@ -5,6 +5,7 @@
 Each run is a folder under _runs/clean_vs_shifted; finished ones are not run again. The table goes to experiments/clean_vs_shifted.csv, and
 nbs/06_shifts.ipynb draws it.
 """
+import functools
 import json
 import subprocess
 import sys
@@ -24,6 +25,9 @@ FILES = {
 FROZEN = {"recipe": "frozen", "replicates": 2}
 # name: parameters of nbs/train.ipynb
 RUNS = {
+    "tuned MobileNetV2": {"backbone": "MobileNetV2", "recipe": "default"},
+    "tuned MobileNetV2, robust": {"backbone": "MobileNetV2", "recipe": "robust"},
+    "tuned MobileNetV2, as robust without it": {"backbone": "MobileNetV2", "recipe": "robust", "augmentation": "none", "validation": "clean", "patience": 3},
     "frozen MobileNetV2": {"backbone": "MobileNetV2", **FROZEN},
     **{f"frozen {backbone}{', ' + augmentation if augmentation != 'none' else ''}": {"backbone": backbone, **FROZEN, "augmentation": augmentation}
        for backbone, augmentations in (("MobileNetV2_0.35", ("none", "in_model", "robust")), ("MobileNet_0.25", ("none", "in_model", "machine_dumbening", "deepdrive", "robust")))
@@ -33,8 +37,6 @@ RUNS = {
     "frozen MobileNet_0.25, oversampled": {"backbone": "MobileNet_0.25", **FROZEN, "balance": "oversample"},
     **{f"tuned MobileNet_0.25{', ' + augmentation if augmentation != 'none' else ''}": {"backbone": "MobileNet_0.25", "recipe": "default", "augmentation": augmentation}
        for augmentation in ("none", "in_model", "robust")},
-    "tuned MobileNetV2": {"backbone": "MobileNetV2", "recipe": "default"},
-    "tuned MobileNetV2, robust": {"backbone": "MobileNetV2", "recipe": "robust"},
 }
 
 
@@ -46,11 +48,14 @@ def papermill(job: str, output: Path, **parameters) -> None:
     subprocess.run([sys.executable, "-m", "papermill", ROOT / "nbs" / f"{job}.ipynb", output.with_suffix(".ipynb"), "--no-progress-bar", *words], check=True, cwd=ROOT)
 
 
+pictures = functools.lru_cache(maxsize=2)(load)
+
+
 def shifted_validation(path: Path, data: str) -> float:
     """Accuracy of a run on its own validation pictures, each under one corruption of the suite homework: what can be measured at home."""
     run = ensembles.find_classifier(path)
     table = ensembles.split_of(run)
-    cells = shifts.validation_set(take(load(data, run.image_size), table.loc[table["part"] == "val", "index"].to_numpy()), "homework")
+    cells = shifts.validation_set(take(pictures(data, run.image_size), table.loc[table["part"] == "val", "index"].to_numpy()), "homework")
     return float((ensembles.load_any(run)(cells.images).argmax(1) == cells.labels).mean())
 
 
