@@ -26,8 +26,8 @@ SEVERAL = [("train", {**SMALL, "backbone": f"SiumGPT_CNN_{width}", "output": f"_
 BEFORE = {"evaluate.ipynb": TRAINED, "submit.ipynb": TRAINED, "ensemble.ipynb": SEVERAL,
           "compare.ipynb": [*SEVERAL, ("ensemble", {"runs": "_runs/*", "output": "_runs/ensemble"}),
                             *(("evaluate", {"run": run, "output": f"{run}-shifted", "suites": "homework"}) for run in ("_runs/width_0.5", "_runs/ensemble"))]}
-# TensorFlow's start-up lines go to stderr whatever its settings (tensorflow issue 100442), with process ids in them.
-NOISE = re.compile(r"absl::InitializeLog|^[IWE]0000 ", re.M)
+# TensorFlow's start-up lines go to stderr whatever its settings (tensorflow issue 100442), with process ids in them; so do progress bars.
+NOISE = re.compile(r"absl::InitializeLog|^[IWE]0000 |\r|\A\s*\Z", re.M)
 
 
 def run_library(path: Path):
