@@ -5,6 +5,7 @@
 # %% ../nbs/06_shifts.ipynb #58aefc12
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -60,10 +61,13 @@ def _look(predict: Callable, cells: CellImages, suite: str, corruption: str, sev
                          "y_pred": y_prob.argmax(1).astype(np.uint8), "confidence": y_prob.max(1).astype(np.float32)}), pictures_sha256(shifted.images, before)
 
 # %% ../nbs/06_shifts.ipynb #090eb9c9
-def evaluate_suite(
-    predict: Callable[[np.ndarray], np.ndarray], cells: CellImages, suite: str = "homework", seed: int = 0, full: bool = False,
-    trained_with: Iterable[str] = (), clean_balanced_accuracy: float | None = None, progress: bool = False,
-) -> tuple[dict, pd.DataFrame]:
+def _check_labelled(cells: CellImages) -> None:
+    if cells.labels is None or len(cells) == 0:
+        raise ValueError(f"{len(cells)} pictures{'' if len(cells) == 0 else ' without labels'}; wanted one or more with labels, or there is nothing to measure.")
+
+# %% ../nbs/06_shifts.ipynb #8f63e1a8
+def evaluate_suite(predict: Callable[[np.ndarray], np.ndarray], cells: CellImages, suite: str = "homework", seed: int = 0, full: bool = False,
+                   trained_with: Iterable[str] = (), clean_balanced_accuracy: float | None = None, progress: bool = False) -> tuple[dict, pd.DataFrame]:
     """Measure a classifier on a suite of corruptions.
 
     Parameters
@@ -97,14 +101,12 @@ def evaluate_suite(
     ValueError
         If there is no such suite, or the pictures have no labels.
     """
-    if cells.labels is None or len(cells) == 0:
-        raise ValueError(f"{len(cells)} pictures{'' if len(cells) == 0 else ' without labels'}; wanted one or more with labels, or there is nothing to measure.")
-    members, severities, checksum, tables = find_suite(suite), SEVERITIES if full else (None,), "", []
-    with tqdm(total=len(members) * len(severities) * len(cells), desc=suite, unit=" pictures", disable=not progress, mininterval=2, ncols=88) as bar:
-        for corruption in members:
-            for severity in severities:
-                table, checksum = _look(predict, cells, suite, corruption, severity, seed, bar.update, checksum)
-                tables.append(table)
+    _check_labelled(cells)
+    looks, checksum, tables = list(itertools.product(find_suite(suite), SEVERITIES if full else (None,))), "", []
+    with tqdm(total=len(looks) * len(cells), desc=suite, unit=" pictures", disable=not progress, mininterval=2, ncols=88) as bar:
+        for corruption, severity in looks:
+            table, checksum = _look(predict, cells, suite, corruption, severity, seed, bar.update, checksum)
+            tables.append(table)
     outcomes = pd.concat(tables, ignore_index=True).astype({"severity": np.int8})
     summary = summarize_suite(outcomes, suite, trained_with, clean_balanced_accuracy, seed)
     return {"suite": suite, "version": SUITE_VERSION, "seed": seed, "full": full, "sha256": checksum, **summary}, outcomes
