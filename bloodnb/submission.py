@@ -33,7 +33,7 @@ from matplotlib.figure import Figure
 from . import runs, submission_model
 from .cleaning import BACKGROUNDS, set_background
 from .data import CLASS_NAMES, CellImages, fit_image, load, positions, sha256, unknown_name
-from .ensembles import DenseStack, LogisticStack, WeightedMean, find_model, load_ensemble
+from .ensembles import DenseStack, LogisticStack, WeightedMean, find_classifier, find_model, load_ensemble
 from .evaluation import TTA, average_views
 from .models import _BGR_MEAN, _MEAN, _STD, ImageNetScale, load_classifier
 from .submission_model import BATCH, build_network
@@ -41,11 +41,10 @@ from .training import predict
 
 # %% auto #0
 __all__ = ['Combination', 'ENGINES', 'SUBMIT_PARAMETERS', 'model_text', 'PlainNetwork', 'probe_inputs', 'is_half',
-           'plain_network', 'lanczos_matrix', 'blur_kernel', 'TrainedModel', 'check_choice', 'read_record',
-           'read_trained', 'prepare_images', 'expected_probabilities', 'submission_files', 'write_zip',
-           'try_submission', 'compare_labels', 'build_submission', 'TrialPictures', 'trial_pictures', 'read_size',
-           'check_onnx', 'onnx_bytes', 'compare_engines', 'write_onnx', 'plot_submission', 'check_submit', 'run_notice',
-           'own_views', 'readme_of']
+           'plain_network', 'lanczos_matrix', 'blur_kernel', 'TrainedModel', 'check_choice', 'read_trained',
+           'prepare_images', 'expected_probabilities', 'submission_files', 'write_zip', 'try_submission',
+           'compare_labels', 'build_submission', 'TrialPictures', 'trial_pictures', 'check_onnx', 'onnx_bytes',
+           'compare_engines', 'write_onnx', 'plot_submission', 'check_submit', 'run_notice', 'own_views', 'readme_of']
 
 # %% ../nbs/12_submission.ipynb #e1f31181
 def model_text() -> str:
@@ -251,11 +250,6 @@ def check_choice(kind: str, name: str, names: Sequence[str]) -> None:
 # %% ../nbs/12_submission.ipynb #1a06ada7
 Combination = WeightedMean | LogisticStack | DenseStack
 
-def read_record(folder: str | Path) -> dict[str, Any]:
-    """`run.json` of a run that can be handed in: a finished training, or an ensemble; errors as `bloodnb.runs.read_run`."""
-    record = runs.read_run(folder, ("train", "ensemble"), ("predictions.npz",))
-    return runs.read_run(folder, (record["job"],), ("model.keras" if record["job"] == "train" else "ensemble.json",))
-
 def read_trained(folder: str | Path) -> tuple[list[TrainedModel], Combination]:
     """What a run hands in: its trained models, one or those of an ensemble, and their combination.
 
@@ -269,8 +263,9 @@ def read_trained(folder: str | Path) -> tuple[list[TrainedModel], Combination]:
     FileNotFoundError, ValueError
         If it is no such run, or a model of it is gone, damaged, or another one than the ensemble was made of.
     """
-    folder = Path(str(folder))
-    if read_record(folder)["job"] == "train":
+    classifier = find_classifier(folder)
+    folder = classifier.folder
+    if classifier.record["job"] == "train":
         return [_trained(load_classifier(folder / "model.keras"), folder, folder.resolve().name)], WeightedMean((1.0,))
     ensemble, entries = load_ensemble(folder), json.loads((folder / "ensemble.json").read_text(encoding="utf-8"))["members"]
     folders = [find_model(folder, entry).parent for entry in entries]
@@ -571,9 +566,9 @@ def trial_pictures(folder: str | Path, data: str | Path | None = None, at_most: 
     FileNotFoundError, ValueError
         If the folder is no such run, or `data` cannot be read.
     """
-    folder = Path(str(folder))
-    kept, size = read_record(folder), read_size(folder)
-    part, index, y_prob = _kept_predictions(folder)
+    classifier = find_classifier(folder)
+    kept, size = classifier.record, classifier.image_size
+    part, index, y_prob = _kept_predictions(classifier.folder)
     source = "test_data" if part == "test" and kept["data"].get("test_data") else "data"
     try:
         cells = load(kept["data"][source] if data is None else data, size)
@@ -592,11 +587,6 @@ def _as_on_the_server(cells: CellImages, size: int) -> CellImages:
     wide = cells if size == 96 else load(cells.source, 96)
     same = size == 96 or all(np.array_equal(fit_image(picture, size), small) for picture, small in zip(wide.images, cells.images))
     return wide if same else cells
-
-def read_size(folder: str | Path) -> int:
-    """Side in pixels of the pictures that a run learned from, or an ensemble's members."""
-    record = read_record(folder)
-    return int(record["choices"]["image_size"] if record["job"] == "train" else json.loads((Path(str(folder)) / "ensemble.json").read_text(encoding="utf-8"))["image_size"])
 
 def _kept_predictions(folder: Path) -> tuple[str | None, np.ndarray | None, np.ndarray | None]:
     "Of a run's predictions.npz the part that was measured (None if there is none), its index and probabilities."
@@ -765,14 +755,15 @@ def check_submit(run: str | Path | None, tta: str | None = None, engine: str = "
         raise ValueError(f"warn_above_mib is {warn_above_mib!r}; wanted a size in MiB above 0.")
     if run is None:
         raise ValueError("run is None; wanted the folder of a training run or of an ensemble: -p run _runs/NAME.")
-    read_record(run)
+    find_classifier(run)
+    runs.read_run(run, wants=("predictions.npz",))
     if onnx or engine == "onnx":
         check_onnx()
     return Path(str(run))
 
 def run_notice(folder: str | Path) -> str | None:
     """The warning that a run carries, if it is no result on blood."""
-    return read_record(folder).get("notice")
+    return find_classifier(folder).record.get("notice")
 
 def own_views(members: Sequence[TrainedModel], tta: str | None) -> bool:
     """Whether a choice of views is the one by which the run made its predictions."""
