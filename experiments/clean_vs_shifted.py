@@ -45,7 +45,7 @@ def papermill(job: str, output: Path, **parameters) -> None:
     if (output / "metrics.json").is_file():
         return
     words = [word for name, value in {**parameters, "output": output}.items() for word in ("-p", name, str(value))]
-    subprocess.run([sys.executable, "-m", "papermill", ROOT / "nbs" / f"{job}.ipynb", output.with_suffix(".ipynb"), "--no-progress-bar", *words], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, "-m", "papermill", ROOT / "nbs" / f"{job}.ipynb", output.with_name(f"{output.name}.ipynb"), "--no-progress-bar", *words], check=True, cwd=ROOT)
 
 
 pictures = functools.lru_cache(maxsize=2)(load)
