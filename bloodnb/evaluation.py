@@ -94,6 +94,33 @@ def calibration_error(y_true: np.ndarray, y_prob: np.ndarray, bins: int = 15) ->
     return float((table["n"] * (table["confidence"] - table["accuracy"]).abs()).sum() / table["n"].sum())
 
 # %% ../nbs/06_evaluation.ipynb #56a66f4c
+def _drawn_auc(y_true: np.ndarray, y_prob: np.ndarray, times: np.ndarray) -> np.ndarray:
+    "The mean area under the ROC curves in each resample: float (n_bootstrap,); `times` float (n_bootstrap, n): how often each image was drawn."
+    areas = []
+    for c in np.unique(y_true):
+        order = np.argsort(y_prob[:, c], kind="stable")
+        score, is_c, weight = y_prob[order, c], y_true[order] == c, times[:, order]
+        below = np.hstack([np.zeros((len(times), 1)), np.cumsum(weight * ~is_c, axis=1)])
+        beaten = sum(below[:, np.searchsorted(score, score[is_c], side)] for side in ("left", "right")) / 2  # a tie is half a win
+        with np.errstate(invalid="ignore", divide="ignore"):
+            areas.append((weight[:, is_c] * beaten).sum(1) / (weight[:, is_c].sum(1) * below[:, -1]))
+    return np.nanmean(areas, axis=0)
+
+def _drawn_calibration_error(y_true: np.ndarray, y_prob: np.ndarray, times: np.ndarray, bins: int = 15) -> np.ndarray:
+    sure, right = y_prob.max(1), y_prob.argmax(1) == y_true
+    inside = np.clip((sure * bins).astype(int), 0, bins - 1)[:, None] == np.arange(bins)
+    return np.abs((times * (sure - right)) @ inside).sum(1) / times.sum(1)
+
+def _image_intervals(y_true: np.ndarray, y_prob: np.ndarray, loss: np.ndarray, n_bootstrap: int, seed: int) -> dict[str, list[float]]:
+    "Bootstrap intervals of the scores that do not follow from the confusion matrix: images are drawn, a few resamples at a time."
+    n, rng, drawn = len(y_true), np.random.default_rng(seed), []
+    for _ in range(-(-n_bootstrap // (few := max(1, min(n_bootstrap, 2_000_000 // n))))):
+        times = rng.multinomial(n, np.full(n, 1 / n), size=few).astype(np.float32)
+        drawn.append([_drawn_auc(y_true, y_prob, times), times @ loss / n, _drawn_calibration_error(y_true, y_prob, times)])
+    ends = np.nanquantile(np.concatenate(drawn, axis=1), (0.025, 0.975), axis=1).T.tolist()
+    return dict(zip(("auc", "log_loss", "calibration_error"), ends))
+
+# %% ../nbs/06_evaluation.ipynb #2091dc52
 def evaluate(y_true: np.ndarray, y_prob: np.ndarray, class_names: Sequence[str] = CLASS_NAMES, n_bootstrap: int = 2000, seed: int = 0) -> dict:
     """Scores of a classifier, with 95 % intervals, as a dictionary that goes into `metrics.json`.
 
@@ -104,7 +131,7 @@ def evaluate(y_true: np.ndarray, y_prob: np.ndarray, class_names: Sequence[str] 
         Probabilities; the prediction is the largest.
     class_names : sequence of str
     n_bootstrap, seed : int
-        Resamples of the images for the intervals of balanced accuracy and macro F1, and their seed.
+        Resamples of the images for the intervals of all scores but accuracy (at most 500 for AUC, log loss and calibration error), and their seed.
 
     Returns
     -------
@@ -125,10 +152,12 @@ def evaluate(y_true: np.ndarray, y_prob: np.ndarray, class_names: Sequence[str] 
     table = confusion_matrix(y_true, y_prob.argmax(1), labels=range(len(class_names)))
     scores = {name: float(value) for name, value in _scores(table).items()}
     intervals = {"accuracy": wilson_interval(int(np.trace(table)), len(y_true)), **_bootstrap_intervals(table, n_bootstrap, seed)}
-    chosen = np.clip(y_prob[np.arange(len(y_true)), y_true].astype(float), 1e-7, 1)
+    loss = -np.log(np.clip(y_prob[np.arange(len(y_true)), y_true].astype(float), 1e-7, 1))
     areas = class_auc(y_true, y_prob)
+    if np.isfinite(areas).any():
+        intervals |= _image_intervals(y_true, y_prob, loss, min(n_bootstrap, 500), seed)
     return {"n": len(y_true), **scores, "auc": float(np.nanmean(areas)) if np.isfinite(areas).any() else None,
-            "log_loss": float(-np.log(chosen).mean()), "calibration_error": calibration_error(y_true, y_prob), "confidence_intervals": intervals,
+            "log_loss": float(loss.mean()), "calibration_error": calibration_error(y_true, y_prob), "confidence_intervals": intervals,
             "per_class": _per_class(table, areas, class_names), "confusion": table.tolist()}
 
 def _per_class(table: np.ndarray, areas: np.ndarray, class_names: Sequence[str]) -> dict[str, dict]:

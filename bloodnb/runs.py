@@ -36,8 +36,8 @@ from .data import CLASS_NAMES, CellImages, find_source, sha256, unknown_name
 # %% auto #0
 __all__ = ['library_versions', 'git_revision', 'device_name', 'peak_memory', 'Run', 'start_run', 'read_run', 'read_history',
            'read_split', 'train_counts', 'log_read', 'first_read', 'load_predictor', 'check_flags', 'file_sha256',
-           'default_output', 'split_table', 'write_predictions', 'save_figure', 'finish_run', 'show_folder',
-           'check_parameters', 'executed_notebook', 'notice']
+           'default_output', 'picture_digests', 'split_table', 'write_predictions', 'save_figure', 'finish_run',
+           'show_folder', 'check_parameters', 'executed_notebook', 'notice']
 
 # %% ../nbs/10_runs.ipynb #dee4f21c
 _PACKAGES = ("bloodnb", "keras", "tensorflow", "torch", "jax", "numpy", "scikit-learn", "opencv-python-headless", "pillow", "pandas", "papermill")
@@ -373,11 +373,15 @@ def _plain(value: Any) -> Any:
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, default=_plain, allow_nan=False) + "\n", encoding="utf-8")
 
+def picture_digests(images: np.ndarray) -> list[str]:
+    """A short name for each picture, the same for equal pixels only: 12 hexadecimal digits of BLAKE2b; `images` uint8 (n, height, width, 3)."""
+    return [hashlib.blake2b(np.ascontiguousarray(image), digest_size=6).hexdigest() for image in images]
+
 def split_table(cells: CellImages, parts: dict[str, Iterable[int]]) -> pd.DataFrame:
-    """Which image is in which part, as `split.csv` keeps it: index, label (class name), part ("dropped" for images in none)."""
+    """Which image is in which part, as `split.csv` keeps it: index, label (class name), part ("dropped" for images in none), digest (see `picture_digests`)."""
     part_of = {int(index): name for name, members in parts.items() for index in members}
     labels = [""] * len(cells) if cells.labels is None else np.array(cells.class_names)[cells.labels]
-    return pd.DataFrame({"index": cells.index, "label": labels, "part": [part_of.get(int(i), "dropped") for i in cells.index]})
+    return pd.DataFrame({"index": cells.index, "label": labels, "part": [part_of.get(int(i), "dropped") for i in cells.index], "digest": picture_digests(cells.images)})
 
 def write_predictions(path: Path, **parts: tuple[CellImages, np.ndarray]) -> None:
     """Write `predictions.npz`: for each part PART the arrays PART_index (n,), PART_y_true (n,) and PART_y_prob (n, n_classes)."""

@@ -23,12 +23,13 @@ from .corruptions import SEVERITIES, SUITE_VERSION, SUITES, corrupt, corrupt_mix
 from .data import CellImages, take, unknown_name
 from .evaluation import TTA, estimate_priors, reweight
 from .operations import Operation
+from .runs import picture_digests
 
 # %% auto #0
-__all__ = ['ALEXNET_CLEAN_ERROR', 'ALEXNET_ERRORS', 'EVALUATE_PARAMETERS', 'PRIORS', 'VALIDATIONS', 'operations_in',
-           'seen_corruptions', 'evaluate_suite', 'summarize_suite', 'suite_scores', 'suites_table', 'plot_suite',
-           'check_suites', 'check_settings', 'not_trained_on', 'reweighing', 'validation_set', 'rank_correlations',
-           'plot_predictors']
+__all__ = ['ALEXNET_CLEAN_ERROR', 'ALEXNET_ERRORS', 'ALEXNET_NOTE', 'EVALUATE_PARAMETERS', 'PRIORS', 'VALIDATIONS',
+           'operations_in', 'seen_corruptions', 'evaluate_suite', 'summarize_suite', 'suite_scores', 'suites_table',
+           'plot_suite', 'check_suites', 'check_settings', 'not_trained_on', 'reweighing', 'validation_set',
+           'rank_correlations', 'plot_predictors']
 
 # %% ../nbs/06_shifts.ipynb #de27c796
 def operations_in(pipeline: Operation | Mapping | str) -> set[str]:
@@ -116,6 +117,9 @@ def evaluate_suite(predict: Callable[[np.ndarray], np.ndarray], cells: CellImage
 ALEXNET_CLEAN_ERROR = 0.018369
 ALEXNET_ERRORS = {"pixelate": 0.059756, "jpeg_compression": 0.139762, "defocus_blur": 0.223998, "motion_blur": 0.184519, "brightness_up": 0.069463, "brightness_down": 0.079008,
                   "contrast_up": 0.052154, "contrast_down": 0.079661, "saturate": 0.034786, "stain_deposit": 0.185361, "bubble": 0.128988}
+ALEXNET_NOTE = ("be and rbe: balanced errors relative to AlexNet's under the same corruptions, means in which 1 is as bad as AlexNet. "
+                "AlexNet's are published for BloodMNIST at 224 pixels and its own test set: other photos, other pixels, so a hint and no comparison.")
+
 
 def _balanced(outcomes: pd.DataFrame) -> float:
     return float((outcomes["y_pred"] == outcomes["y_true"]).groupby(outcomes["y_true"]).mean().mean())
@@ -128,13 +132,23 @@ def _corruption_scores(outcomes: pd.DataFrame, seen: bool) -> dict:
     means = {name: float(np.mean([scores[name] for scores in by_severity.values()])) for name in ("accuracy", "balanced_accuracy")}
     return {"n": len(outcomes), "trained_with": seen, **means, "by_severity": {str(s): {"n": int((outcomes["severity"] == s).sum()), **scores} for s, scores in by_severity.items()}}
 
-def _intervals(outcomes: pd.DataFrame, n_bootstrap: int, seed: int) -> dict[str, list[float]]:
-    "95 % intervals of the suite's scores, by drawing pictures with all their looks."
-    right = (outcomes["y_pred"] == outcomes["y_true"]).groupby([outcomes["index"], outcomes["y_true"]]).mean().reset_index(name="share")
-    share, classes = right["share"].to_numpy(), (right["y_true"].to_numpy()[:, None] == np.unique(right["y_true"])).astype(float)
-    times = np.random.default_rng(seed).multinomial(len(share), np.full(len(share), 1 / len(share)), size=n_bootstrap).astype(float)
+def _drawn_means(outcomes: pd.DataFrame, weight: pd.Series, group: pd.Series, times: np.ndarray) -> np.ndarray:
+    "A weighted mean of right answers in each resample of the pictures: shares within groups, which keep the weight that they have in all; float (n_bootstrap,)."
+    right = weight * (outcomes["y_pred"] == outcomes["y_true"])
+    a, b = (values.groupby([outcomes["index"], group]).sum().unstack(fill_value=0.0).to_numpy() for values in (right, weight))
     with np.errstate(invalid="ignore"):
-        drawn = {"accuracy": times @ share / len(share), "balanced_accuracy": np.nanmean((times * share) @ classes / (times @ classes), axis=1)}
+        shares = (times @ a) / (times @ b)  # NaN where a resample lacks a group
+    return np.nansum(shares * b.sum(0), axis=1) / np.where(np.isnan(shares), 0, b.sum(0)).sum(1)
+
+def _intervals(outcomes: pd.DataFrame, n_bootstrap: int, seed: int) -> dict[str, list[float]]:
+    "95 % intervals of the suite's scores, by drawing pictures with all their looks; each look weighs what it does in the score."
+    corruption, cell = outcomes["corruption"], outcomes.groupby(["corruption", "severity"])
+    of_cell = 1 / (corruption.nunique() * outcomes.groupby("corruption")["severity"].transform("nunique"))
+    of_class = outcomes.groupby(["corruption", "severity", "y_true"])["index"].transform("size") * cell["y_true"].transform("nunique")
+    n = outcomes["index"].nunique()
+    times = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_bootstrap).astype(float)
+    drawn = {"accuracy": _drawn_means(outcomes, of_cell / cell["index"].transform("size"), corruption.str[:0], times),
+             "balanced_accuracy": _drawn_means(outcomes, of_cell / of_class, outcomes["y_true"], times)}
     return {name: [float(end) for end in np.quantile(values, (0.025, 0.975))] for name, values in drawn.items()}
 
 # %% ../nbs/06_shifts.ipynb #043ed445
@@ -216,8 +230,10 @@ def plot_suite(metrics: Mapping, clean_accuracy: float | None = None, ax: Axes |
 EVALUATE_PARAMETERS = ("run", "data", "output", "overwrite", "suites", "full", "tta", "prior", "heatmaps", "seed")
 
 def check_suites(suites: str | None) -> list[str]:
-    """Names of suites from what the command line makes of them: "homework+held_out", "all", or "none" for no suite; ValueError with the nearest names."""
-    words = [] if suites in (None, "none") else list(SUITES) if suites == "all" else [word.strip() for word in str(suites).split("+")]
+    """Names of suites from what the command line makes of them: "homework+held_out" (or with commas), "all", or "none" for no suite; ValueError with the nearest names."""
+    words = [] if suites in (None, "none") else list(SUITES) if suites == "all" else [word.strip() for word in str(suites).replace(",", "+").split("+")]
+    if len(words) > 1 and {"all", "none"} & set(words):
+        raise ValueError(f"suites is {suites!r}: all and none stand alone. Wanted one of them, or names joined by '+': {'+'.join(SUITES)}.")
     for word in words:
         if word not in SUITES:
             raise ValueError(unknown_name("suite", word, [*SUITES, "all", "none"]))
@@ -250,21 +266,31 @@ def not_trained_on(cells: CellImages, data_sha256: str, record: Mapping, split_t
     Returns
     -------
     CellImages
-        All of them, if they are another set than the run was made with; of its own set, the part kept for the test.
+        Of the run's own set, the part kept for the test; of another one, all but the pictures that were in its training or validation.
 
     Raises
     ------
     ValueError
-        If the set is the run's own and it kept nothing for a test, or the pictures have no labels.
+        If nothing is left, or the pictures have no labels.
     """
     if cells.labels is None:
         raise ValueError("the pictures have no labels, so there is nothing to measure against. Wanted labelled ones; the submission job takes others.")
     if data_sha256 != record["data_sha256"]["data"]:
-        return cells
+        return _not_met(cells, split_table)
     kept = split_table.loc[split_table["part"] == "test", "index"].to_numpy()
     if len(kept) == 0:
         raise ValueError("the run was trained on these pictures and kept none of them for a test. Wanted other pictures (-p data PATH), or a run with a test_fraction.")
     return take(cells, kept)
+
+def _not_met(cells: CellImages, split_table: pd.DataFrame) -> CellImages:
+    "The pictures that no training and no choice of an epoch has seen, by the digests in `split.csv` (runs of version 0.1.0 may lack them)."
+    used = set() if "digest" not in split_table else set(split_table.loc[split_table["part"].isin(["train", "val"]), "digest"])
+    new = np.array([digest not in used for digest in picture_digests(cells.images)], bool)
+    if not new.any():
+        raise ValueError(f"all {len(cells):,} pictures were in the run's training or validation. Wanted other ones (-p data PATH).")
+    return cells if new.all() else take(cells, cells.index[new])
+
+
 
 # %% ../nbs/06_shifts.ipynb #29c77e46
 PRIORS = ("trained", "uniform", "estimated")
@@ -286,7 +312,7 @@ def reweighing(prior: str, shares: np.ndarray, y_prob: np.ndarray) -> Callable[[
     return lambda probabilities: reweight(probabilities, shares, new)
 
 # %% ../nbs/06_shifts.ipynb #c9a8c64c
-VALIDATIONS = ("clean", *SUITES)
+VALIDATIONS = ("clean", *(suite for suite in SUITES if suite != "held_out"))  # which is for the report alone
 
 def validation_set(cells: CellImages | None, validation: str = "clean", seed: int = 0) -> CellImages | None:
     """The validation pictures by which a training is judged: as they are ("clean"), or each under one corruption of a suite; None if there are none."""
@@ -360,13 +386,13 @@ def plot_predictors(scores: pd.DataFrame, target: str, kinds: Mapping[str, str] 
     for ax, (name, row) in zip(axes[0], found.iterrows()):
         for marker, (group, runs) in zip("os^Dv<>P", scores.groupby(groups, sort=False)):
             ax.plot(100 * runs[name], 100 * runs[target], marker, ms=5, alpha=0.8, label=group)
-        ax.axline((90, 90), slope=1, color="0.7", lw=1, zorder=0)
+        line = ax.axline((90, 90), slope=1, color="0.7", lw=1, zorder=0)
         ax.set(xlabel=f"{name.replace('_', ' ')}, %", xlim=_limits(scores[name]), ylim=_limits(scores[target]))
         ax.set_title(f"Spearman {row['spearman']:.2f} ({row['low']:.2f} to {row['high']:.2f})", fontsize=9)
         ax.grid(color="0.92")
     axes[0, 0].set_ylabel(f"{target.replace('_', ' ')}, %")
-    if kinds:
-        fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize=8, frameon=False)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    fig.legend([*(handles if kinds else []), line], [*(labels if kinds else []), "equal"], loc="outside lower center", ncols=8, fontsize=8, frameon=False)
     return fig
 
 def _limits(values: pd.Series) -> tuple[float, float]:

@@ -756,7 +756,7 @@ def check_submit(run: str | Path | None, tta: str | None = None, engine: str = "
     if run is None:
         raise ValueError("run is None; wanted the folder of a training run or of an ensemble: -p run _runs/NAME.")
     find_classifier(run)
-    runs.read_run(run, wants=("predictions.npz",))
+    runs.read_run(run, ("train", "ensemble"), ("predictions.npz",))
     if onnx or engine == "onnx":
         check_onnx()
     return Path(str(run))
