@@ -58,12 +58,17 @@ def model_text() -> str:
 _AT_REST = ("Dropout", "SpatialDropout2D", "GaussianDropout", "GaussianNoise", "AlphaDropout", "ActivityRegularization", "StochasticDepth")
 _FOR_TRAINING = re.compile(r"(.*_(initializer|regularizer|constraint)|name|trainable|seed|momentum|dtype|build_config|quantization_config|autocast)$")
 
+def _by_channel(mean: np.ndarray, variance: np.ndarray, **config: Any) -> tuple[str, dict, list]:
+    "(x - mean) / sqrt(variance) of each channel, as a depthwise 1 x 1 convolution."
+    factor = 1 / np.maximum(np.sqrt(variance), keras.config.epsilon())
+    return "DepthwiseConv2D", {"kernel_size": 1, **config}, [factor.reshape(1, 1, -1, 1).astype(np.float32), (-mean * factor).astype(np.float32)]
+
 def _plain_scale(scale: str) -> list[tuple[str, dict, list]]:
     "ImageNetScale in layers of Keras' own: (layer, config, weights)."
     if scale == "BGR-mean":
         return [("Conv2D", {"filters": 3, "kernel_size": 1}, [np.eye(3, dtype=np.float32)[None, None, ::-1], -np.array(_BGR_MEAN, np.float32)])]
     if scale == "mean/std":
-        return [("Normalization", {"mean": [255 * m for m in _MEAN], "variance": [(255 * s) ** 2 for s in _STD]}, [])]
+        return [_by_channel(255 * np.array(_MEAN), (255 * np.array(_STD)) ** 2)]
     factors = {"0..255": None, "0..1": {"scale": 1 / 255}, "-1..1": {"scale": 1 / 127.5, "offset": -1.0}}
     return [("Rescaling", factors[scale], [])] if factors[scale] else []
 
@@ -89,8 +94,7 @@ def _plain_layer(layer: keras.Layer) -> list[tuple[str, dict, list]]:
     if kind == "LayerScale":
         return [("DepthwiseConv2D", {"kernel_size": 1, "use_bias": False, **dtype}, [weights[0].reshape(1, 1, -1, 1)])]
     if isinstance(layer, keras.layers.Normalization):
-        mean, variance = (np.ravel(keras.ops.convert_to_numpy(x)).tolist() for x in (layer.mean, layer.variance))
-        return [(kind, {"mean": mean, "variance": variance, **dtype}, [])]
+        return [_by_channel(*(np.ravel(keras.ops.convert_to_numpy(x)).astype(float) for x in (layer.mean, layer.variance)), **dtype)]
     if getattr(keras.layers, kind, None) is not type(layer) or isinstance(layer, (keras.layers.Lambda, keras.layers.Wrapper)):
         raise ValueError(f"layer {layer.name} is a {kind}, which is no plain layer of Keras' own; a submission cannot hold it. Wanted a model of bloodnb.models.classifier.")
     return [(kind, _plain_config(layer), weights)]
