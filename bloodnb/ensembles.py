@@ -219,7 +219,7 @@ def check_members(members: Sequence[Member]) -> None:
     """
     names = [member.name for member in members]
     if len(members) < 2 or len(set(names)) < len(names):
-        raise ValueError(f"an ensemble wants two or more members of different names; got {', '.join(names) or 'none'}.")
+        raise ValueError(f"an ensemble wants two or more members of different names; got {', '.join(names) or 'none'}. Remedy: -p runs \"_runs/a,_runs/b\", or a pattern such as \"_runs/*\".")
     first = members[0]
     for member in members[1:]:
         if member.data_sha256 != first.data_sha256:

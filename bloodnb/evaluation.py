@@ -246,7 +246,8 @@ def plot_reliability(y_true: np.ndarray, y_prob: np.ndarray, bins: int = 15, ax:
         fig, ax = plt.subplots(figsize=(4.2, 3.8), layout="constrained")
         plt.close(fig)  # out of pyplot's hands, or a notebook would show it twice
     error = calibration_error(y_true, y_prob, bins)
-    line = ax.plot(table["confidence"], table["accuracy"], marker="o", markersize=4, label=f"{label or 'model'} (error {error:.3f})")[0]
+    line = ax.plot(table["confidence"], table["accuracy"], linewidth=1, label=f"{label or 'model'} (error {error:.3f})")[0]
+    ax.scatter(table["confidence"], table["accuracy"], 60 * np.sqrt(table["n"] / table["n"].sum()), color=line.get_color())  # few images, small point
     ax.bar(table["low"], table["n"] / table["n"].sum(), 1 / bins, align="edge", color=line.get_color(), alpha=0.15)
     if len(ax.lines) == 1:
         ax.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1, zorder=0)

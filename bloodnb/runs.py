@@ -232,10 +232,13 @@ def read_run(folder: str | Path, jobs: Sequence[str] = ("train",), wants: Sequen
     ValueError
         If it is the run of another job, or `run.json` is damaged.
     """
+    if folder in (None, ""):
+        raise FileNotFoundError("no run was named. Wanted the folder of a finished one: -p run _runs/NAME.")
     folder = Path(str(folder))
     if not (folder / "metrics.json").is_file() or not (folder / "run.json").is_file():
-        beside = sorted(p.parent.name for p in folder.parent.glob("*/metrics.json")) if folder.parent.is_dir() else []
-        raise FileNotFoundError(f"{folder} is no finished run (it has no run.json and metrics.json). Wanted the folder of one; beside it are {beside or 'none'}.")
+        found = {where: sorted(p.parent.name for p in at.glob("*/metrics.json")) for where, at in (("in it", folder), ("beside it", folder.parent))}
+        where, names = next(((where, names) for where, names in found.items() if names), ("beside it", "none"))
+        raise FileNotFoundError(f"{folder} is no finished run (it has no run.json and metrics.json). Wanted the folder of one; {where} are {names}.")
     missing = [name for name in wants if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{folder} has no {', '.join(missing)}; wanted a run's whole folder. Remedy: run it again, or copy the file back.")
