@@ -5,16 +5,18 @@
 # %% ../nbs/10_comparison.ipynb #bda696ef
 from __future__ import annotations
 
+import glob
 import hashlib
 import html
 import json
 import math
 import os
 import re
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -23,18 +25,49 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from .corruptions import SUITE_VERSION
 from .data import unknown_name
+from .evaluation import mcnemar
 from .reports import REPORTS
+from .runs import file_sha256, read_run
 
 # %% auto #0
-__all__ = ['COLUMNS', 'LOWER_IS_BETTER', 'COMPARE_PARAMETERS', 'find_runs', 'Runs', 'read_runs', 'check_sort', 'sort_runs',
-           'SortableTable', 'show_table', 'select_runs', 'plot_costs', 'plot_reported', 'summarize_runs']
+__all__ = ['COLUMNS', 'LOWER_IS_BETTER', 'COMPARE_PARAMETERS', 'find_folders', 'find_runs', 'Runs', 'read_runs', 'check_sort',
+           'sort_runs', 'SortableTable', 'show_table', 'select_runs', 'plot_costs', 'find_pair', 'compare_pair',
+           'describe_pair', 'plot_reported', 'summarize_runs']
 
 # %% ../nbs/10_comparison.ipynb #5edfb182
 _AT_WORK = re.compile(r".+\.(partial|old)-\d+")
 
-def find_runs(folder: str | Path) -> tuple[list[Path], list[Path]]:
-    """Run folders below a folder (or the folder itself), in order of their paths.
+def find_folders(runs: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The folders that a job's `runs` means: folders and patterns, in a text parted by commas; none twice.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a name leads to no folder.
+    """
+    words = list(runs) if isinstance(runs, (list, tuple)) else [runs] if Path(str(runs)).is_dir() else [word.strip() for word in str(runs or "").split(",")]
+    found = []
+    for word in (str(word) for word in words if str(word)):
+        folders = [Path(path) for path in ([word] if Path(word).is_dir() else sorted(glob.glob(word))) if Path(path).is_dir() and not path.endswith(".checkpoint")]
+        if not folders:
+            parent = Path(word).parent
+            beside = sorted(path.name for path in parent.iterdir() if path.is_dir() and path.name[0] != ".") if parent.is_dir() else []
+            raise FileNotFoundError(f"no folder {word!r} (paths count from {Path.cwd().name}/). Wanted one with run folders below it, such as _runs, or several, such as \"_runs/a,_runs/b\" "
+                                    f"or a pattern such as \"_runs/a*\"; there are {', '.join(beside[:8]) or 'none'}.")
+        found += folders
+    if not found:
+        raise FileNotFoundError(f"runs is {runs!r}, which names no folder. Wanted one with run folders below it, such as _runs.")
+    return list({folder.resolve(): folder for folder in found}.values())
+
+def find_runs(runs: str | Path | Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
+    """Run folders below folders (or these themselves), in order of their paths.
+
+    Parameters
+    ----------
+    runs : str, path or sequence of them
+        See `find_folders`, also for what it raises.
 
     Returns
     -------
@@ -42,19 +75,11 @@ def find_runs(folder: str | Path) -> tuple[list[Path], list[Path]]:
         The finished ones.
     list of Path
         The unfinished.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such folder.
     """
-    if not Path(folder).is_dir():
-        parent = Path(folder).parent
-        beside = sorted(path.name for path in parent.iterdir() if path.is_dir() and path.name[0] != ".") if parent.is_dir() else []
-        raise FileNotFoundError(f"no folder {str(folder)!r} (paths count from {Path.cwd().name}/). Wanted one with run folders below it, such as _runs; there are {', '.join(beside[:8]) or 'none'}.")
     finished, unfinished = [], []
-    _descend(str(folder), finished, unfinished)
-    return sorted(finished), sorted(unfinished)
+    for folder in find_folders(runs):
+        _descend(str(folder), finished, unfinished)
+    return tuple(sorted({folder.resolve(): folder for folder in folders}.values()) for folders in (finished, unfinished))
 
 def _descend(folder: str, finished: list[Path], unfinished: list[Path]) -> None:
     try:
@@ -76,8 +101,10 @@ def _descend(folder: str, finished: list[Path], unfinished: list[Path]) -> None:
 # The columns, and what they mean.
 COLUMNS: dict[str, str] = {
     "run": "folder, from the folder that was read", "job": "train, ensemble, ...", "recipe": "or the ensemble's method", "backbone": "", "data": "source, and the test's if it is another",
-    "drawn": "drawn cells: no result on blood", "part": "test or val: what the scores are of", "n": "pictures", "accuracy": "0..1", "low": "95 % interval", "high": "95 % interval",
-    "balanced_accuracy": "0..1", "macro_f1": "0..1", "shifted": "accuracy on the shift suite `suite`", "suite": "", "size_mb": "of the saved model or models, MB", "n_weights": "",
+    "drawn": "drawn cells: no result on blood", "part": "test or val: what the scores are of", "measured_on": "the same, with the file's name", "n": "pictures", "accuracy": "0..1", "low": "95 % interval", "high": "95 % interval",
+    "balanced_accuracy": "0..1", "macro_f1": "0..1", "shifted": "accuracy on the shift suite `suite`", "suite": "",
+    "shifted_on": "pictures that were shifted: those of `measured_on`, or another file's", "clean": "accuracy on the pictures of `shifted_on` as they are: compare `shifted` with this one",
+    "clean_low": "95 % interval", "clean_high": "95 % interval", "size_mb": "of the saved model or models, MB", "n_weights": "",
     "train_seconds": "", "images_per_second": "of prediction, as recorded, or the run's own with its first batch", "peak_memory_mib": "", "seed": "", "reported": "accuracy that the report gives",
     "reported_on": "test, unstated, val, hidden", "report": "team", "started": "UTC", "git_revision": "",
 }
@@ -125,9 +152,21 @@ def _speed(run: dict[str, Any], metrics: dict[str, Any]) -> float:
     seconds = _number(_dict(run.get("stages")).get("predict"))
     return next((value for value in recorded if value > 0), n / seconds if seconds > 0 and n > 0 else math.nan)
 
-def _source(run: dict[str, Any]) -> str:
-    data = {kind: re.split(r"[\\/]", _text(source))[-1] for kind, source in _dict(run.get("data")).items()}
-    return data.get("data", "") + (f", tested on {data['test_data']}" if data.get("test_data") else "")
+def _sources(run: dict[str, Any]) -> dict[str, str]:
+    return {kind: re.split(r"[\\/]", _text(source))[-1] for kind, source in _dict(run.get("data")).items()}
+
+def _measured_on(run: dict[str, Any], metrics: dict[str, Any]) -> str:
+    "Which pictures a row's scores are of: the test set of its own, or a part of the data."
+    data, part = _sources(run), _text(metrics.get("part"))
+    return data["test_data"] if data.get("test_data") and part != "val" else ", ".join(filter(None, [data.get("data"), part and f"{part} part"]))
+
+def _is_drawn(run: dict[str, Any], metrics: dict[str, Any]) -> bool:
+    return bool(run.get("notice") or metrics.get("notice")) or any(re.match(r"drawn\b", name) for name in _sources(run).values())
+
+def _interval(metrics: dict[str, Any]) -> tuple[float, float]:
+    "The 95 % interval of the accuracy."
+    interval = _dict(metrics.get("confidence_intervals")).get("accuracy")
+    return (_number(interval[0]), _number(interval[1])) if isinstance(interval, list) and len(interval) == 2 else (math.nan, math.nan)
 
 # %% ../nbs/10_comparison.ipynb #42658700
 def _row(name: str, folder: Path, run: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:
@@ -135,29 +174,28 @@ def _row(name: str, folder: Path, run: dict[str, Any], metrics: dict[str, Any]) 
     accuracy = _number(metrics.get("accuracy"))
     if not 0 <= accuracy <= 1:
         raise ValueError(f"metrics.json has accuracy {metrics.get('accuracy')!r}, wanted 0 to 1")
-    interval = _dict(metrics.get("confidence_intervals")).get("accuracy")
-    low, high = map(_number, interval) if isinstance(interval, list) and len(interval) == 2 else (math.nan, math.nan)
+    low, high = _interval(metrics)
+    data = _sources(run)
     recipe = _text(run.get("recipe") or run.get("method"))
     reported, reported_on, report = _reported(recipe)
-    source = _source(run)
     return {
-        "run": name, "job": _text(run.get("job", "train")), "recipe": recipe, "backbone": _text(_dict(run.get("choices")).get("backbone")), "data": source,
-        "drawn": bool(run.get("notice") or metrics.get("notice")) or re.match(r"drawn\b", source) is not None, "part": _text(metrics.get("part")), "n": _number(metrics.get("n")),
+        "run": name, "job": _text(run.get("job", "train")), "recipe": recipe, "backbone": _text(_dict(run.get("choices")).get("backbone")), "drawn": _is_drawn(run, metrics),
+        "data": data.get("data", "") + (f", tested on {data['test_data']}" if data.get("test_data") else ""), "part": _text(metrics.get("part")), "measured_on": _measured_on(run, metrics), "n": _number(metrics.get("n")),
         "accuracy": accuracy, "low": low, "high": high, "balanced_accuracy": _number(metrics.get("balanced_accuracy")), "macro_f1": _number(metrics.get("macro_f1")),
-        "shifted": math.nan, "suite": "", "size_mb": _size_mb(folder, run), "n_weights": _number(run.get("n_weights")), "train_seconds": _number(_dict(run.get("stages")).get("train")),
+        "shifted": math.nan, "suite": "", "shifted_on": "", "clean": math.nan, "clean_low": math.nan, "clean_high": math.nan, "size_mb": _size_mb(folder, run), "n_weights": _number(run.get("n_weights")), "train_seconds": _number(_dict(run.get("stages")).get("train")),
         "images_per_second": _speed(run, metrics), "peak_memory_mib": _number(run.get("peak_memory_mib")), "seed": _number(run.get("seed")),
         "reported": reported, "reported_on": reported_on, "report": report, "started": _text(run.get("started"))[:19], "git_revision": _text(run.get("git_revision"))[:10],
     }
 
 # %% ../nbs/10_comparison.ipynb #e3acf65b
-def _tail_match(path: str, runs: Mapping[str, Path]) -> str | None:
-    "The run that a path means: the same folder, or the only one that shares the longest tail with it."
+def _tail_matches(path: str, folders: Mapping[str, Path]) -> list[str]:
+    "The runs that a path may mean: the same folder, or those that share the longest tail with it."
     here = Path(path).resolve()
     wanted = [part for part in re.split(r"[\\/]", path) if part not in ("", ".", "..")]
     shared = {}
-    for name, folder in runs.items():
+    for name, folder in folders.items():
         if folder == here:
-            return name
+            return [name]
         same = 0
         for one, other in zip(reversed(wanted), reversed(folder.parts)):
             if one != other:
@@ -165,28 +203,108 @@ def _tail_match(path: str, runs: Mapping[str, Path]) -> str | None:
             same += 1
         shared[name] = same
     most = max(shared.values(), default=0)
-    best = [name for name, same in shared.items() if same == most]
-    return best[0] if most and len(best) == 1 else None
+    return [name for name, same in shared.items() if same == most > 0]
+
+def _model_sums(folder: Path, run: dict[str, Any]) -> list[str] | None:
+    "Checksums of a run's models, those that an ensemble wrote down of its members' included; None if they cannot be known."
+    members = run.get("members") if run.get("job") == "ensemble" else None
+    sums = [_dict(member).get("model_sha256") for member in members] if isinstance(members, list) else [file_sha256(folder / "model.keras")]
+    return sorted(sums) if sums and all(isinstance(value, str) for value in sums) else None
+
+def _find_run(run: dict[str, Any], at: Mapping[str, tuple[Path, dict]], known: dict[str, list[str] | None]) -> str:
+    "The run that an evaluation measured; ValueError that says why there is none. `known` keeps checksums from one call to the next."
+    path, sums = _text(run.get("run")), run.get("models_sha256")
+    fitting = _tail_matches(path, {name: folder for name, (folder, _) in at.items()})
+    if not fitting:
+        raise ValueError(f"its run {path!r} is not here")
+    if isinstance(sums, list) and sums and all(isinstance(value, str) for value in sums):
+        known |= {name: _model_sums(*at[name]) for name in fitting if name not in known}
+        same = [name for name in fitting if known[name] is None or known[name] == sorted(sums)]
+        if not same:
+            raise ValueError(f"it measured another model than {' or '.join(fitting)} has now (models_sha256)")
+        fitting = same
+    if len(fitting) > 1:
+        raise ValueError(f"its run {path!r} may be {' or '.join(fitting)}")
+    return fitting[0]
+
+# %% ../nbs/10_comparison.ipynb #81b30b9c
+class _Shifted(NamedTuple):
+    "What an evaluation adds to a row."
+    name: str
+    own: bool  # on the pictures of the row's own scores
+    pictures: str  # their checksum
+    columns: dict[str, Any]  # shifted_on, clean, clean_low, clean_high
+    suites: dict[str, float]
 
 def _suites(metrics: dict[str, Any]) -> dict[str, float]:
     "Accuracy by suite of an evaluation."
     read = {_text(name): _number(_dict(scores).get("accuracy")) for name, scores in _dict(metrics.get("suites")).items()}
     return {name: accuracy for name, accuracy in read.items() if 0 <= accuracy <= 1}
 
-def _add_evaluations(rows: dict[str, dict], folders: dict[str, Path], evaluations: Iterable[tuple[str, dict, dict]]) -> tuple[dict[str, dict[str, float]], list[str]]:
-    "Accuracy by run and suite, and the evaluations of runs that are not here; a recorded speed goes into the rows."
-    by_run: dict[str, dict[str, float]] = {}
-    lost, resolved = [], {name: folder.resolve() for name, folder in folders.items()}
+def _own_pictures(run: dict[str, Any], metrics: dict[str, Any]) -> set[str]:
+    "Checksums of the test pictures that a run's scores are of, as far as its `run.json` has them."
+    if metrics.get("part") != "test":
+        return set()
+    reads = run.get("test_reads") if isinstance(run.get("test_reads"), list) else []
+    sums = [_dict(run.get("data_sha256")).get("test_data"), *(read.get("data_sha256") for read in map(_dict, reads) if read.get("job") in ("train", "ensemble"))]
+    return {value for value in sums if isinstance(value, str)}
+
+def _views(run: dict[str, Any]) -> str:
+    "The views that a run averages when nothing else is asked for."
+    members = run.get("members") if isinstance(run.get("members"), list) else [_dict(run.get("choices"))]
+    views = {_text(_dict(member).get("tta") or "none") for member in members}
+    return views.pop() if len(views) == 1 else "as members"
+
+def _unusual(run: dict[str, Any], metrics: dict[str, Any], views: str) -> list[str]:
+    "Settings of an evaluation that are not the usual ones."
+    choices = {"tta": metrics.get("tta"), "prior": metrics.get("prior"), "seed": run.get("seed"), **_dict(run.get("choices"))}
+    suites = [_dict(scores) for scores in _dict(metrics.get("suites")).values()]
+    odd = [f"{name} {choices[name]}" for name, usual in (("tta", views), ("prior", "trained"), ("seed", 0)) if choices[name] not in (None, usual)]
+    odd += ["full"] if choices.get("full") or any(scores.get("full") for scores in suites) else []
+    return odd + sorted({f"suite version {scores['version']}, now {SUITE_VERSION}" for scores in suites if scores.get("version", SUITE_VERSION) != SUITE_VERSION})
+
+# %% ../nbs/10_comparison.ipynb #a4403bf3
+def _shifted(name: str, run: dict[str, Any], metrics: dict[str, Any], row: dict[str, Any], of: dict[str, Any]) -> _Shifted:
+    "What an evaluation adds to the row of the run whose `run.json` is `of`; ValueError that says why it cannot be compared."
+    pictures, on, clean = _dict(run.get("data_sha256")).get("data"), _sources(run).get("data", ""), _number(metrics.get("accuracy"))
+    if _is_drawn(run, metrics) != row["drawn"]:
+        raise ValueError(f"{'photos' if row['drawn'] else 'drawn cells'}, and {row['run']} is a run on {'drawn cells' if row['drawn'] else 'photos'}")
+    odd = _unusual(run, metrics, _views(of))
+    if odd:
+        raise ValueError(f"{', '.join(odd)}; wanted the usual settings")
+    if not isinstance(pictures, str) or not 0 <= clean <= 1:
+        raise ValueError("nothing shows on which pictures it was made (data_sha256)" if not isinstance(pictures, str) else f"accuracy {metrics.get('accuracy')!r}")
+    own = pictures in _own_pictures(of, row) and _number(metrics.get("n")) == row["n"]
+    low, high = _interval(metrics)
+    return _Shifted(name, own, pictures, {"shifted_on": row["measured_on"] if own else on, "clean": clean, "clean_low": low, "clean_high": high}, _suites(metrics))
+
+def _match_evaluations(rows: dict[str, dict], at: dict[str, tuple[Path, dict]], evaluations: Iterable[tuple[str, dict, dict]]) -> tuple[dict[str, list[_Shifted]], dict[str, str], dict[str, str]]:
+    "By run what evaluations add to it, the latest last; the evaluations of runs that are not here, and those that cannot be compared, with reasons. A recorded speed goes into the rows."
+    by_run: dict[str, list[_Shifted]] = {}
+    lost, unfit, known, at = {}, {}, {}, {name: (folder.resolve(), run) for name, (folder, run) in at.items()}
     for name, run, metrics in sorted(evaluations, key=lambda item: _text(item[1].get("started"))):
-        match = _tail_match(_text(run.get("run")), resolved)
-        if match is None:
-            lost.append(name)
+        try:
+            match = _find_run(run, at, known)
+        except ValueError as error:
+            lost[name] = str(error)
             continue
-        by_run.setdefault(match, {}).update(_suites(metrics))
+        try:
+            shifted = _shifted(name, run, metrics, rows[match], at[match][1])
+        except ValueError as error:
+            unfit[name] = f"{match}: {error}"
+            continue
+        if shifted.suites:
+            by_run.setdefault(match, []).append(shifted)
         speed = next((value for value in (_number(items.get("images_per_second")) for items in (run, metrics)) if value > 0), None)
-        if speed:
-            rows[match]["images_per_second"] = speed
-    return by_run, lost
+        rows[match] |= {"images_per_second": speed} if speed else {}
+    return by_run, lost, unfit
+
+def _choose(found: Sequence[_Shifted], suite: str) -> tuple[dict[str, Any], dict[str, float], dict[str, str]]:
+    "Columns of a row, accuracy by suite, and the evaluations on other pictures than these."
+    first = max([one for one in found if suite in one.suites] or found, key=lambda one: (one.own, found.index(one)))
+    suites = {name: accuracy for one in found if one.pictures == first.pictures for name, accuracy in one.suites.items()}
+    others = {one.name: f"it is of {one.columns['shifted_on'] or 'unknown data'}, the row has {first.columns['shifted_on'] or 'others'}" for one in found if one.pictures != first.pictures}
+    return first.columns | ({"shifted": suites[suite], "suite": suite} if suite in suites else {}), suites, others
 
 # %% ../nbs/10_comparison.ipynb #954cb993
 @dataclass(frozen=True, eq=False)
@@ -203,33 +321,41 @@ class Runs:
         Folders that cannot be read, and why.
     others : dict of str to int
         Finished runs of jobs that have no accuracy of their own, such as clean, counted by job.
-    lost : list of str
-        Evaluations of runs that are not here, or that fit several.
+    lost : dict of str to str
+        Evaluations of runs that are not here, that fit several, or of another model than the run has now; and why.
+    not_comparable : dict of str to str
+        Evaluations that are not in the table, and why: made on other pictures than the row's, or with other settings than the usual ones.
     """
 
     table: pd.DataFrame
     unfinished: list[str] = field(default_factory=list)
     broken: dict[str, str] = field(default_factory=dict)
     others: dict[str, int] = field(default_factory=dict)
-    lost: list[str] = field(default_factory=list)
+    lost: dict[str, str] = field(default_factory=dict)
+    not_comparable: dict[str, str] = field(default_factory=dict)
 
     def describe(self) -> str:
         """What was found, in a few lines to print."""
         drawn = int(self.table["drawn"].sum())
         lines = [f"{len(self.table)} finished runs with scores, {drawn} of them on drawn cells", *(f"{n} of the job {job}" for job, n in self.others.items())]
         lines += [f"{len(self.unfinished)} unfinished: {', '.join(self.unfinished)}"] if self.unfinished else []
-        lines += [f"{len(self.broken)} cannot be read:", *(f"  {name}: {why}" for name, why in self.broken.items())] if self.broken else []
-        lines += [f"evaluations of runs that are not here: {', '.join(self.lost)}"] if self.lost else []
+        for head, named in (("cannot be read", self.broken), ("evaluations without their run", self.lost), ("evaluations not comparable", self.not_comparable)):
+            lines += [f"{len(named)} {head}:", *(f"  {name}: {why}" for name, why in named.items())] if named else []
         return "\n".join(lines)
 
 # %% ../nbs/10_comparison.ipynb #54f67d24
 _WITHOUT_SCORES = ("clean", "compare", "tune", "submit", "explain")  # jobs whose folders are no models' results
 
-def _sort_out(folders: Sequence[Path], base: Path) -> tuple[dict, dict, list, dict, dict]:
-    "Rows and folders by name, evaluations, other jobs, and what is broken."
+def _name(folder: Path, base: str) -> str:
+    "A folder's path from the base; the base's own name for the base itself."
+    path = Path(os.path.relpath(folder, base)).as_posix()
+    return path if path != "." else folder.resolve().name
+
+def _sort_out(folders: Sequence[Path], base: str) -> tuple[dict, dict, list, dict, dict]:
+    "Rows, and folders with their run.json, by name, evaluations, other jobs, and what is broken."
     rows, at, evaluations, others, broken = {}, {}, [], {}, {}
     for folder in folders:
-        name = folder.relative_to(base).as_posix() if folder != base else folder.resolve().name
+        name = _name(folder, base)
         try:
             run, metrics = _read_json(folder / "run.json"), _read_json(folder / "metrics.json")
             job = _text(run.get("job", "train"))
@@ -238,18 +364,19 @@ def _sort_out(folders: Sequence[Path], base: Path) -> tuple[dict, dict, list, di
             if job in _WITHOUT_SCORES or job == "evaluate":
                 others[job] = others.get(job, 0) + 1
             else:
-                rows[name], at[name] = _row(name, folder, run, metrics), folder
+                rows[name], at[name] = _row(name, folder, run, metrics), (folder, run)
         except (ValueError, RecursionError) as error:
             broken[name] = str(error)
     return rows, at, evaluations, others, broken
 
 # %% ../nbs/10_comparison.ipynb #678dddbf
-def read_runs(folder: str | Path, suite: str | None = None) -> Runs:
-    """All runs below a folder as one table.
+def read_runs(runs: str | Path | Sequence[str | Path], suite: str | None = None) -> Runs:
+    """All runs below a folder, or several, as one table.
 
     Parameters
     ----------
-    folder : path
+    runs : str, path or sequence of them
+        Folders and patterns, see `find_folders`; of several, names of runs count from the folder that holds all of them.
     suite : str, optional
         The shift suite of the column `shifted`; by default the one on which most runs were evaluated.
 
@@ -260,19 +387,28 @@ def read_runs(folder: str | Path, suite: str | None = None) -> Runs:
     ValueError
         If no run was evaluated on that suite, with the nearest of the others.
     """
-    base = Path(folder)
-    finished, unfinished = find_runs(base)
+    base = os.path.commonpath([os.path.abspath(folder) for folder in find_folders(runs)])
+    finished, unfinished = find_runs(runs)
     rows, at, evaluations, others, broken = _sort_out(finished, base)
-    by_run, lost = _add_evaluations(rows, at, evaluations)
-    counted = pd.Series([name for suites in by_run.values() for name in suites], dtype=str).value_counts()
+    by_run, lost, unfit = _match_evaluations(rows, at, evaluations)
+    counted = pd.Series([name for found in by_run.values() for name in set().union(*(one.suites for one in found))], dtype=str).value_counts()
     if suite is not None and suite not in counted:
-        raise ValueError(unknown_name("suite", suite, sorted(counted.index)))
+        raise ValueError(_no_suite(suite, counted.index, runs, lost | unfit))
     chosen = suite or (sorted(counted.index, key=lambda name: (-counted[name], name))[0] if len(counted) else None)
-    for name, suites in by_run.items():
-        rows[name] |= {"shifted": suites[chosen], "suite": chosen} if chosen in suites else {}
-        rows[name] |= {f"shifted: {key}": value for key, value in suites.items()} if len(counted) > 1 else {}
+    for name, found in by_run.items():
+        columns, suites, elsewhere = _choose(found, chosen)
+        rows[name] |= columns | ({f"shifted: {key}": value for key, value in suites.items()} if len(counted) > 1 else {})
+        unfit |= {other: f"{name}: {why}" for other, why in elsewhere.items()}
     table = pd.DataFrame(rows.values(), columns=[*COLUMNS, *(f"shifted: {key}" for key in sorted(counted.index) if len(counted) > 1)])
-    return Runs(table.astype({"drawn": bool}), [path.relative_to(base).as_posix() for path in unfinished], broken, others, lost)
+    return Runs(table.astype({"drawn": bool}), [_name(path, base) for path in unfinished], broken, others, lost, unfit)
+
+def _no_suite(suite: str, known: Iterable[str], runs: Any, left_out: Mapping[str, str]) -> str:
+    "The message for a suite that no run here was evaluated on."
+    if len(list(known)):
+        return unknown_name("suite", suite, sorted(known))
+    why = f" There are evaluations that cannot be used: {'; '.join(f'{name}: {reason}' for name, reason in list(left_out.items())[:3])}." if left_out else ""
+    return (f"suite is {suite!r}, and there is no evaluation of a run here on any shift suite.{why} Remedy: run evaluate.ipynb for the runs (-p run RUN -p suites {suite}), "
+            f"with its outputs below {runs} too; or leave suite out.")
 
 # %% ../nbs/10_comparison.ipynb #ff7cbb0f
 def check_sort(sort: str) -> str:
@@ -287,9 +423,9 @@ def sort_runs(table: pd.DataFrame, sort: str = "accuracy") -> pd.DataFrame:
     return table.sort_values([sort, "run"], ascending=[rising, True], na_position="last", ignore_index=True)
 
 # %% ../nbs/10_comparison.ipynb #580ee817
-_SHOWN = ("run", "recipe", "backbone", "data", "part", "n", "accuracy", "interval", "balanced_accuracy", "macro_f1", "shifted", "size_mb", "train_seconds", "images_per_second",
+_SHOWN = ("run", "recipe", "backbone", "data", "part", "n", "accuracy", "interval", "balanced_accuracy", "macro_f1", "shifted", "clean", "shifted_on", "size_mb", "train_seconds", "images_per_second",
           "peak_memory_mib", "seed", "reported", "started")
-_DIGITS = {"n": 0, "accuracy": 3, "balanced_accuracy": 3, "macro_f1": 3, "shifted": 3, "size_mb": 1, "train_seconds": 0, "images_per_second": 0, "peak_memory_mib": 0, "seed": 0, "reported": 3, "n_weights": 0}
+_DIGITS = {"n": 0, "accuracy": 3, "balanced_accuracy": 3, "macro_f1": 3, "shifted": 3, "clean": 3, "clean_low": 3, "clean_high": 3, "size_mb": 1, "train_seconds": 0, "images_per_second": 0, "peak_memory_mib": 0, "seed": 0, "reported": 3, "n_weights": 0}
 _STYLE = """#ID table{border-collapse:collapse;font-size:0.85em;display:block;overflow-x:auto}#ID td,#ID th{padding:2px 8px;text-align:right;white-space:nowrap}
 #ID td.text,#ID th.text{text-align:left}#ID tbody tr{border-top:1px solid rgba(128,128,128,.3)}#ID tr.drawn{opacity:.55;font-style:italic}
 #ID th button{all:unset;cursor:pointer;font-weight:bold}#ID th button:focus-visible{outline:2px solid}#ID th[aria-sort=ascending] button::after{content:" \\25b2"}
@@ -322,7 +458,7 @@ class SortableTable:
         return f'<div id="{name}"><style>{_STYLE.replace("ID", name)}</style>{body}<script>{_SCRIPT.replace("ID", name)}</script></div>'
 
     def _kind(self, name: str) -> str:
-        return "number" if name in _DIGITS or name == "interval" or name.startswith("shifted") else "text"
+        return "number" if name in _DIGITS or name == "interval" or name == "shifted" or name.startswith("shifted: ") else "text"
 
     def _falls(self, name: str) -> bool:
         return self._kind(name) == "number" and name not in (*LOWER_IS_BETTER, "seed")
@@ -361,19 +497,22 @@ def _unbeaten(x: np.ndarray, y: np.ndarray, lower: bool) -> np.ndarray:
 
 _AXES = {"size_mb": "size of the model, MB", "images_per_second": "prediction, images a second", "train_seconds": "training, seconds", "peak_memory_mib": "peak memory, MiB", "n_weights": "weights"}
 
-def _plot_against(ax: Axes, table: pd.DataFrame, against: str, labels: int) -> None:
-    there = table[table[against] > 0]
-    groups = (there["data"] + there["part"].map(lambda part: f" ({part})" if part and part != "test" else "")).replace("", "unknown data")
-    for i, (group, rows) in enumerate(there.groupby(groups)):
-        colour, x, y = f"C{i}", rows[against].to_numpy(), rows["accuracy"].to_numpy()
+def _as_drawn(table: pd.DataFrame) -> pd.DataFrame:
+    "What a figure shows of each run, clean and shifted on the same pictures: columns `y`, `low`, `high`, `shifted`, `on`."
+    paired = table["shifted"].notna()
+    pick = {"y": ("clean", "accuracy"), "low": ("clean_low", "low"), "high": ("clean_high", "high"), "on": ("shifted_on", "measured_on")}
+    return table.assign(**{name: table[one].where(paired, table[other]) for name, (one, other) in pick.items()})
+
+def _plot_against(ax: Axes, table: pd.DataFrame, against: str, colours: Mapping[str, str]) -> pd.DataFrame:
+    "Draw a panel; the rows that no other of their colour beats."
+    there, unbeaten = table[table[against] > 0], []
+    for on, rows in there.groupby("on"):
+        colour, x, y = colours[on], rows[against].to_numpy(), rows["y"].to_numpy()
         error = np.nan_to_num(np.abs(np.stack([y - rows["low"], rows["high"] - y])))
-        ax.errorbar(x, y, yerr=error, fmt="o", color=colour, markersize=5, capsize=2, elinewidth=1, label=group)
+        ax.errorbar(x, y, yerr=error, fmt="o", color=colour, markersize=5, capsize=2, elinewidth=1, label=on or "unknown data")
         ax.vlines(x, rows["shifted"], y, color=colour, linewidth=0.8, linestyle=":")
         ax.plot(x, rows["shifted"], "o", markerfacecolor="white", color=colour, markersize=5)
-        named = rows[_unbeaten(x, y, against in LOWER_IS_BETTER)]
-        for j, ((at, accuracy), same) in enumerate(list(named.groupby([against, "accuracy"])["run"])[-labels:]):  # equal runs share a name
-            label = same.iloc[0] + (f" and {len(same) - 1} more" if len(same) > 1 else "")
-            ax.annotate(label, (at, accuracy), xytext=(4, -9 if j % 2 else 5), textcoords="offset points", fontsize=7)
+        unbeaten.append(rows[_unbeaten(x, y, against in LOWER_IS_BETTER)])
     ax.set(xlabel=_AXES[against], ylabel="accuracy")
     ax.margins(x=0.15)
     if there[against].max() > 8 * there[against].min():
@@ -384,8 +523,34 @@ def _plot_against(ax: Axes, table: pd.DataFrame, against: str, labels: int) -> N
     ax.tick_params(axis="x", labelsize=8)
     ax.grid(color="0.92")
     ax.spines[["top", "right"]].set_visible(False)
+    return pd.concat(unbeaten) if unbeaten else there
 
 # %% ../nbs/10_comparison.ipynb #c70dd16a
+def _short(name: str, longest: int = 28) -> str:
+    "The last folder of a run's name, its middle left out if it is long."
+    name = name.split("/")[-1]
+    return name if len(name) <= longest else f"{name[: longest // 2 - 1]}\u2026{name[-(longest // 2):]}"
+
+def _label_runs(ax: Axes, rows: pd.DataFrame, against: str, labels: int) -> None:
+    "Names beside points, the most accurate first, each where it lies within the axes and hits no other; without such a place there is none. Call after layout."
+    points = ax.transData.transform(np.array([(x, y) for line in ax.lines if line.get_marker() == "o" for x, y in line.get_xydata() if np.isfinite(y)]))
+    room, taken = ax.get_window_extent(), []
+    for on, group in rows.groupby("on"):
+        for (at, y), same in list(group.sort_values(["y", "run"], ascending=[False, True]).groupby([against, "y"], sort=False)["run"])[:labels]:  # equal runs share a name
+            label = _short(same.iloc[0]) + (f" and {len(same) - 1} more" if len(same) > 1 else "")
+            note = ax.annotate(label, (at, y), xytext=(0, 0), textcoords="offset points", fontsize=7, va="center", in_layout=False, clip_on=True)
+            places = [(dx, dy) for dy in (0, 8, -8, 16, -16, 24, -24) for dx in (7, -7)]
+            for place in places:
+                note.set(position=place, ha="left" if place[0] > 0 else "right")
+                box = note.get_window_extent()
+                inside = room.x0 <= box.x0 and box.x1 <= room.x1 and room.y0 <= box.y0 and box.y1 <= room.y1 + 10
+                if inside and not any(box.overlaps(other) for other in taken) and not box.count_contains(points):
+                    taken.append(box)
+                    break
+            else:
+                note.remove()
+
+# %% ../nbs/10_comparison.ipynb #7815dd4f
 def plot_costs(table: pd.DataFrame, against: Sequence[str] = ("size_mb", "images_per_second"), drawn: bool = False, labels: int = 6) -> Figure:
     """Draw accuracy, clean and shifted, against what it costs, a panel each.
 
@@ -398,7 +563,7 @@ def plot_costs(table: pd.DataFrame, against: Sequence[str] = ("size_mb", "images
     drawn : bool
         False shows the runs on photos, True those on drawn cells; never both.
     labels : int
-        At most so many names for each data source and panel.
+        At most so many names for each colour and panel.
 
     Returns
     -------
@@ -407,18 +572,105 @@ def plot_costs(table: pd.DataFrame, against: Sequence[str] = ("size_mb", "images
     for name in against:
         if name not in _AXES:
             raise ValueError(unknown_name("column to plot against", name, _AXES))
-    rows = select_runs(table, drawn)
-    fig, axes = plt.subplots(1, len(against), figsize=(4.6 * len(against), 4.2), layout="constrained", squeeze=False, sharey=True)
+    rows = _as_drawn(select_runs(table, drawn))
+    colours = {on: f"C{i % 10}" for i, on in enumerate(sorted(set(rows["on"])))}
+    fig, axes = plt.subplots(1, len(against), figsize=(4.8 * len(against), 4.6), layout="constrained", squeeze=False, sharey=True)
     plt.close(fig)  # out of pyplot's hands, or a notebook would show it twice
-    for ax, name in zip(axes[0], against):
-        _plot_against(ax, rows, name, labels)
+    best = [_plot_against(ax, rows, name, colours) for ax, name in zip(axes[0], against)]
     suites = sorted(set(rows["suite"]) - {""})
     title = f"{len(rows)} runs{' on drawn cells: no results on blood' if drawn else ''}{f'; hollow: shifted ({suites[0]})' if suites else ''}"
     fig.suptitle(title if len(rows) else "no runs to show", fontsize=10)
     handles = {label: handle for ax in axes[0] for handle, label in zip(*ax.get_legend_handles_labels())}
     if handles:
         fig.legend(handles.values(), handles.keys(), loc="outside lower center", fontsize=8, ncols=2, frameon=False)
+    fig.draw_without_rendering()  # so that the panels have their places, and names can find theirs
+    for ax, name, named in zip(axes[0], against, best):
+        _label_runs(ax, named, name, labels)
     return fig
+
+# %% ../nbs/10_comparison.ipynb #3c084802
+class _Judged(NamedTuple):
+    "The test predictions of a run or an evaluation."
+    record: dict[str, Any]
+    shown: set[str]  # checksums of the pictures
+    source: str | None  # checksum of the data that the positions count in, for pictures that are a part of it
+    on: str
+    index: np.ndarray
+    y_true: np.ndarray
+    y_pred: np.ndarray
+
+def _read_judged(folder: Path) -> _Judged:
+    record = read_run(folder, ("train", "ensemble", "evaluate"), ("predictions.npz",))
+    try:
+        with np.load(folder / "predictions.npz", allow_pickle=False) as arrays:
+            parts = {name: arrays[name] for name in ("test_index", "test_y_true", "test_y_prob") if "test_index" in arrays}
+    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{folder}: predictions.npz is damaged ({error}). Remedy: make the run anew.") from None
+    if not parts:
+        raise ValueError(f"{folder} has no predictions of test pictures; wanted two runs with a test part. Remedy: run evaluate.ipynb for both on the same pictures, and give the folders that it leaves.")
+    sums, metrics = _dict(record.get("data_sha256")), {"part": "test"}
+    evaluated = record["job"] == "evaluate"
+    shown = {sums.get("data")} if evaluated else _own_pictures(record, metrics)
+    on = _sources(record).get("data", "") if evaluated else _measured_on(record, metrics)
+    return _Judged(record, shown, None if evaluated or "test_data" in sums else sums.get("data"), on, parts["test_index"], parts["test_y_true"].astype(int), parts["test_y_prob"].argmax(1))
+
+def _other_pictures(one: Path, other: Path, first: _Judged, second: _Judged) -> str:
+    "The message for predictions of different pictures."
+    sizes = [_dict(judged.record.get("choices")).get("image_size") for judged in (first, second)]
+    why = f" Their image_size is {sizes[0]} and {sizes[1]}, and checksums are of pixels at that size." if None not in sizes and sizes[0] != sizes[1] else ""
+    return (f"{one} was measured on {first.on or 'unknown data'} and {other} on {second.on or 'unknown data'}, which are not the same pictures by their checksums (data_sha256); wanted the same, or McNemar's test says nothing.{why} "
+            "Remedy: run evaluate.ipynb for both with the same -p data, and give the folders that it leaves.")
+
+# %% ../nbs/10_comparison.ipynb #410d0a72
+def find_pair(pair: str | Path | Sequence[str | Path]) -> tuple[Path, Path]:
+    """Two folders from what the command line makes of them, "a,b"; FileNotFoundError or ValueError if there are not two."""
+    folders = find_folders(pair)
+    if len(folders) != 2:
+        raise ValueError(f"pair is {str(pair)!r}: {len(folders)} different folder{'s' * (len(folders) != 1)}; wanted two, such as \"_runs/a,_runs/b\".")
+    return folders[0], folders[1]
+
+def compare_pair(folder: str | Path, other: str | Path) -> dict[str, Any]:
+    """McNemar's exact test of two runs on their test pictures (see `bloodnb.evaluation.mcnemar`).
+
+    Parameters
+    ----------
+    folder, other : path
+        Of finished runs of train.ipynb, ensemble.ipynb or evaluate.ipynb. Of two runs whose test parts differ, the pictures count that both kept for the test.
+
+    Returns
+    -------
+    dict
+        `first`, `second`: the folders; `pictures`: which; `n`: how many both were measured on, `n_first`, `n_second`: each; `accuracy`: both, on these n; `both_right`, `both_wrong`,
+        `first_only`, `second_only`: pictures; `difference`, `p_value`; `notice`: of drawn cells.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a folder is no finished run, or lacks predictions.npz.
+    ValueError
+        If they were measured on different pictures, or a file is damaged.
+    """
+    folder, other = Path(folder), Path(other)
+    one, two = _read_judged(folder), _read_judged(other)
+    if not one.shown & two.shown and (one.source is None or one.source != two.source):
+        raise ValueError(_other_pictures(folder, other, one, two))
+    index, at, there = np.intersect1d(one.index, two.index, return_indices=True)
+    if len(index) == 0 or (one.y_true[at] != two.y_true[there]).any():
+        raise ValueError(f"{folder} and {other} {'share no test picture' if len(index) == 0 else 'have different labels for the same pictures'}. "
+                         "Remedy: run evaluate.ipynb for both on the same pictures that neither trained on, and give the folders that it leaves.")
+    y_true, first, second = one.y_true[at], one.y_pred[at], two.y_pred[there]
+    right = [y_true == first, y_true == second]
+    return {"first": folder.as_posix(), "second": other.as_posix(), "pictures": one.on, "n": len(index), "n_first": len(one.index), "n_second": len(two.index), "accuracy": [float(hit.mean()) for hit in right],
+            "both_right": int((right[0] & right[1]).sum()), "both_wrong": int((~right[0] & ~right[1]).sum()), **mcnemar(y_true, first, second),
+            "notice": one.record.get("notice") or two.record.get("notice")}
+
+def describe_pair(pair: Mapping[str, Any]) -> str:
+    """What `compare_pair` found, in a few lines to print."""
+    lines = [f"{name}: {accuracy:.4f} right of {pair['n']:,} pictures ({pair['pictures'] or 'unknown data'})" for name, accuracy in zip((pair["first"], pair["second"]), pair["accuracy"])]
+    lines += [f"Only those that both kept for the test count: the first has {pair['n_first']:,}, the second {pair['n_second']:,}."] if {pair["n_first"], pair["n_second"]} != {pair["n"]} else []
+    lines += [f"Both are right about {pair['both_right']:,}, both wrong about {pair['both_wrong']:,}, only the first is right about {pair['first_only']:,}, only the second about {pair['second_only']:,}.",
+              f"McNemar's exact test: p = {pair['p_value']:.2g} is how often two equally good ones would differ as much."]
+    return "\n".join(lines + ([pair["notice"]] if pair["notice"] else []))
 
 # %% ../nbs/10_comparison.ipynb #bb6b6bb4
 def plot_reported(table: pd.DataFrame) -> Figure:
@@ -436,7 +688,7 @@ def plot_reported(table: pd.DataFrame) -> Figure:
     error = np.nan_to_num(np.abs(np.stack([rows["accuracy"] - rows["low"], rows["high"] - rows["accuracy"]])))
     ax.errorbar(rows["accuracy"], at, xerr=error, fmt="o", color="#6a3d9a", capsize=2, label="ours, 95 % interval")
     ax.set(yticks=at, ylim=(len(rows) - 0.5, -0.5), xlabel="accuracy")
-    ax.set_yticklabels([f"{row.recipe} ({'pictures unstated' if row.reported_on == 'unstated' else row.reported_on})\n{row.run}" for row in rows.itertuples()], fontsize=8)
+    ax.set_yticklabels([f"{row.recipe} ({'pictures unstated' if row.reported_on == 'unstated' else row.reported_on})\n{_short(row.run, 40)}" for row in rows.itertuples()], fontsize=8)
     ax.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
     ax.grid(axis="x", color="0.92")
     ax.spines[["top", "right"]].set_visible(False)
@@ -444,11 +696,11 @@ def plot_reported(table: pd.DataFrame) -> Figure:
 
 # %% ../nbs/10_comparison.ipynb #e5b8a896
 # What nbs/compare.ipynb takes.
-COMPARE_PARAMETERS = ("runs", "output", "overwrite", "sort", "suite")
+COMPARE_PARAMETERS = ("runs", "output", "overwrite", "sort", "suite", "pair")
 
-def summarize_runs(runs: Runs) -> dict[str, Any]:
-    """What [compare.ipynb](compare.html) keeps as `metrics.json`: counts, what could not be read, and the most accurate run for each source of photos."""
+def summarize_runs(runs: Runs, pair: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What [compare.ipynb](compare.html) keeps as `metrics.json`: counts, what could not be read or compared, the most accurate run for each source of photos, and what `compare_pair` found."""
     real = select_runs(runs.table)
     best = real.loc[real.groupby("data")["accuracy"].idxmax()] if len(real) else real
-    return {"runs": len(runs.table), "drawn": int(runs.table["drawn"].sum()), "unfinished": runs.unfinished, "broken": runs.broken, "others": runs.others, "lost": runs.lost,
+    return {"runs": len(runs.table), "drawn": int(runs.table["drawn"].sum()), "unfinished": runs.unfinished, "broken": runs.broken, "others": runs.others, "lost": runs.lost, "not_comparable": runs.not_comparable, "pair": pair,
             "best": {row["data"]: {key: row[key] for key in ("run", "part", "accuracy")} for row in best.to_dict("records")}}
