@@ -24,6 +24,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.text import Annotation
+from matplotlib.transforms import Bbox
 
 from .corruptions import SUITE_VERSION
 from .data import unknown_name
@@ -61,6 +63,7 @@ def find_folders(runs: str | Path | Sequence[str | Path]) -> list[Path]:
         raise FileNotFoundError(f"runs is {runs!r}, which names no folder. Wanted one with run folders below it, such as _runs.")
     return list({folder.resolve(): folder for folder in found}.values())
 
+# %% ../nbs/10_comparison.ipynb #adffda7d
 def find_runs(runs: str | Path | Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
     """Run folders below folders (or these themselves), in order of their paths.
 
@@ -531,24 +534,35 @@ def _short(name: str, longest: int = 28) -> str:
     name = name.split("/")[-1]
     return name if len(name) <= longest else f"{name[: longest // 2 - 1]}\u2026{name[-(longest // 2):]}"
 
+def _marks(ax: Axes) -> tuple[np.ndarray, np.ndarray]:
+    "Where a panel has points, and where lines beside them: positions in pixels, float (n, 2)."
+    points = [line.get_xydata() for line in ax.lines if line.get_marker() == "o"]
+    lines = [np.linspace(segment[0], segment[-1], 40) for drawn in ax.collections for segment in drawn.get_segments() if len(segment)]
+    return tuple(ax.transData.transform(at[np.isfinite(at).all(1)]) for at in (np.concatenate([np.zeros((0, 2)), *points]), np.concatenate([np.zeros((0, 2)), *points, *lines])))
+
+def _find_place(note: Annotation, room: Bbox, taken: Sequence[Bbox], marks: np.ndarray) -> Bbox | None:
+    "Move a name to the nearest place beside its point where it lies within the axes and hits neither names nor marks; None if there is none."
+    for dy in (0, 8, -8, 16, -16, 24, -24):
+        for dx in (7, -7):
+            note.set(position=(dx, dy), ha="left" if dx > 0 else "right")
+            box = note.get_window_extent()
+            inside = room.x0 <= box.x0 and box.x1 <= room.x1 and room.y0 <= box.y0 and box.y1 <= room.y1 + 10
+            if inside and not any(box.overlaps(other) for other in taken) and not box.count_contains(marks):
+                return box
+    return None
+
 def _label_runs(ax: Axes, rows: pd.DataFrame, against: str, labels: int) -> None:
-    "Names beside points, the most accurate first, each where it lies within the axes and hits no other; without such a place there is none. Call after layout."
-    points = ax.transData.transform(np.array([(x, y) for line in ax.lines if line.get_marker() == "o" for x, y in line.get_xydata() if np.isfinite(y)]))
-    room, taken = ax.get_window_extent(), []
-    for on, group in rows.groupby("on"):
+    "Names beside points, the most accurate first; one that finds no place is left out, rather than hitting another. Call after layout."
+    room, taken, (points, lines) = ax.get_window_extent(), [], _marks(ax)
+    for _, group in rows.groupby("on"):
         for (at, y), same in list(group.sort_values(["y", "run"], ascending=[False, True]).groupby([against, "y"], sort=False)["run"])[:labels]:  # equal runs share a name
             label = _short(same.iloc[0]) + (f" and {len(same) - 1} more" if len(same) > 1 else "")
             note = ax.annotate(label, (at, y), xytext=(0, 0), textcoords="offset points", fontsize=7, va="center", in_layout=False, clip_on=True)
-            places = [(dx, dy) for dy in (0, 8, -8, 16, -16, 24, -24) for dx in (7, -7)]
-            for place in places:
-                note.set(position=place, ha="left" if place[0] > 0 else "right")
-                box = note.get_window_extent()
-                inside = room.x0 <= box.x0 and box.x1 <= room.x1 and room.y0 <= box.y0 and box.y1 <= room.y1 + 10
-                if inside and not any(box.overlaps(other) for other in taken) and not box.count_contains(points):
-                    taken.append(box)
-                    break
-            else:
+            box = _find_place(note, room, taken, lines) or _find_place(note, room, taken, points)  # across a line if need be
+            if box is None:
                 note.remove()
+            else:
+                taken.append(box)
 
 # %% ../nbs/10_comparison.ipynb #7815dd4f
 def plot_costs(table: pd.DataFrame, against: Sequence[str] = ("size_mb", "images_per_second"), drawn: bool = False, labels: int = 6) -> Figure:
@@ -664,6 +678,7 @@ def compare_pair(folder: str | Path, other: str | Path) -> dict[str, Any]:
             "both_right": int((right[0] & right[1]).sum()), "both_wrong": int((~right[0] & ~right[1]).sum()), **mcnemar(y_true, first, second),
             "notice": one.record.get("notice") or two.record.get("notice")}
 
+# %% ../nbs/10_comparison.ipynb #26723462
 def describe_pair(pair: Mapping[str, Any]) -> str:
     """What `compare_pair` found, in a few lines to print."""
     lines = [f"{name}: {accuracy:.4f} right of {pair['n']:,} pictures ({pair['pictures'] or 'unknown data'})" for name, accuracy in zip((pair["first"], pair["second"]), pair["accuracy"])]

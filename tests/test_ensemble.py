@@ -15,6 +15,7 @@ from jobs import ROOT, SMALL, files_of, job_environment, run_job, settings_error
 
 from bloodnb import comparison, ensembles
 from bloodnb import data as cell_data
+from bloodnb.runs import file_sha256
 
 # So many that 50 pictures, the fewest that weights are fitted on, are kept for validation.
 GIVEN = SMALL | {"data": "drawn:n=420,seed=1", "epochs": 1}
@@ -148,6 +149,7 @@ def test_members_that_trained_on_the_test_are_refused(runs, tmp_path):
     ("ensemble", "Did you mean 'logistic'", {"runs": "nowhere", "method": "logistics"}), ("ensemble", "no finished training run 'nowhere'", {"runs": "nowhere"}),
     ("ensemble", "folds is 1", {"runs": "nowhere", "folds": 1}), ("ensemble", "unknown parameter 'mehtod'", {"mehtod": "average"}), ("ensemble", "overwrite is 'yes'", {"overwrite": "yes"}),
     ("compare", "no folder 'nowhere'", {"runs": "nowhere"}), ("compare", "Did you mean 'accuracy'", {"sort": "acuracy"}),
+    ("compare", "no folder 'neither'", {"runs": ".,neither"}), ("compare", "no folder 'nowhere'", {"pair": "nowhere,neither"}), ("compare", "wanted two", {"pair": "."}),
 ])
 def test_wrong_settings_are_refused_before_members_are_read(tmp_path, monkeypatch, job, wanted, given):
     monkeypatch.chdir(tmp_path)
@@ -159,13 +161,16 @@ def test_comparison_reads_what_is_there(runs, stack, tmp_path):
     base = tmp_path / "_runs"
     shutil.copytree(runs, base)
     shutil.copytree(stack, base / "stack")
-    for name, run, metrics in (("evaluated", {"job": "evaluate", "run": "_runs/narrow"}, {"part": "test", "accuracy": 0.5, "suites": {"homework": {"accuracy": 0.25, "n": 50}}}),
+    kept, measured = read_json(base / "narrow" / "run.json"), read_json(base / "narrow" / "metrics.json")
+    own = {"job": "evaluate", "run": "_runs/narrow", "data": kept["data"], "notice": kept["notice"], "data_sha256": {"data": kept["test_reads"][0]["data_sha256"]}, "models_sha256": [file_sha256(base / "narrow" / "model.keras")]}
+    scores = {"part": "test", "accuracy": measured["accuracy"], "n": measured["n"], "suites": {"homework": {"accuracy": 0.25, "n": 50}}}
+    for name, run, metrics in (("evaluated", own, scores), ("of_photos", own | {"notice": None, "data": {"data": "val.zip"}, "data_sha256": {"data": "0"}, "started": "2999"}, scores), ("of_another", own | {"models_sha256": ["0"]}, scores),
                                ("torn", {"job": "train"}, None), ("empty_metrics", {"job": "train"}, {})):
         (base / name).mkdir()
         (base / name / "run.json").write_text(json.dumps(run))
         (base / name / "metrics.json").write_text('{"accur' if metrics is None else json.dumps(metrics))
     (base / "busy.partial-1").mkdir()
-    job = run_job("compare", tmp_path, runs="_runs", output="compared", sort="size_mb")
+    job = run_job("compare", tmp_path, runs="_runs", output="compared", sort="size_mb", pair="_runs/narrow,_runs/bare")
     assert job.returncode == 0, job.stderr
     left = files_of(tmp_path / "compared")
     assert left.keys() == {"run.json", "metrics.json", "runs.csv", "out.ipynb", "figures/costs_drawn.png", "figures/reported.png"}, "all are drawn, so no figure of photos"
@@ -173,8 +178,13 @@ def test_comparison_reads_what_is_there(runs, stack, tmp_path):
     assert set(table["run"]) == {"narrow", "bare", "stack"} and table["size_mb"].is_monotonic_increasing and table["drawn"].all() and list(table) == list(comparison.COLUMNS)
     table = table.set_index("run")
     assert table.loc["narrow", ["shifted", "suite", "recipe", "backbone"]].tolist() == [0.25, "homework", "demo", "SiumGPT_CNN_0.25"]
+    assert table.loc["narrow", ["clean", "shifted_on", "measured_on"]].tolist() == [pytest.approx(measured["accuracy"]), *2 * [f"{GIVEN['data']}, test part"]], "on its own test part"
     assert table.loc["stack", "accuracy"] == pytest.approx(read_json(stack / "metrics.json")["accuracy"])
-    assert set(metrics["broken"]) == {"torn", "empty_metrics"} and metrics["unfinished"] == ["busy.partial-1"] and metrics["others"] == {"evaluate": 1}
+    assert set(metrics["broken"]) == {"torn", "empty_metrics"} and metrics["unfinished"] == ["busy.partial-1"] and metrics["others"] == {"evaluate": 3}
+    assert set(metrics["lost"]) == {"of_another"} and set(metrics["not_comparable"]) == {"of_photos"}
+    assert metrics["pair"]["accuracy"] == [pytest.approx(read_json(runs / name / "metrics.json")["accuracy"]) for name in ("narrow", "bare")]
+    assert metrics["pair"]["both_right"] + metrics["pair"]["both_wrong"] + metrics["pair"]["first_only"] + metrics["pair"]["second_only"] == metrics["pair"]["n"] == measured["n"]
+    assert metrics["pair"]["notice"] and "McNemar" in (tmp_path / "out.ipynb").read_text()
 
 
 def test_the_table_sorts_and_filters_in_a_browser(tmp_path):
