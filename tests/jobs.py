@@ -5,6 +5,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import forks
 import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,14 +26,35 @@ def run_job(job: str, folder: Path, environment: dict | None = None, **parameter
     return subprocess.run(job_command(job, **parameters), cwd=folder, env=job_environment(environment), capture_output=True, text=True, timeout=900)
 
 
-def settings_error(job: str, **parameters) -> Exception | None:
-    """What a job's cells raise with these parameters before the cell that starts the run, in this process and the current folder: a kernel for each of many wrong settings would take minutes."""
-    sources = [cell.source for cell in nbformat.read(ROOT / "nbs" / f"{job}.ipynb", as_version=4).cells if cell.cell_type == "code"]
-    injected = "# Parameters\n" + "\n".join(f"{name} = {str(value)!r}" if isinstance(value, Path) else f"{name} = {value!r}" for name, value in parameters.items())
-    before = sources[:next(i for i, source in enumerate(sources) if "start_run(" in source)]
+def _run_cells(job: str, parameters: dict) -> None:
+    """Execute a job's cells in this process, as papermill would with these parameters, but without a kernel and its messages."""
+    sources = _sources(job, parameters)
     ran: list[str] = []
     names = {"In": ran, "__name__": "__main__"}
-    for source in [before[0], injected, *before[1:]]:
+    for source in sources:
+        ran.append(source)
+        exec(compile(source, f"{job}.ipynb", "exec"), names)
+
+
+def run_cells(job: str, folder: Path, environment: dict | None = None, **parameters) -> subprocess.CompletedProcess:
+    """As `run_job`, in a third of the time: the job's cells in a process that has TensorFlow imported already, without Jupyter; it leaves no executed notebook."""
+    return forks.call(_run_cells, job, parameters, folder=folder, environment=job_environment(environment))
+
+
+def _sources(job: str, parameters: dict) -> list[str]:
+    """The sources of a job's code cells with papermill's own cell of parameters after the first."""
+    cells = [cell.source for cell in nbformat.read(ROOT / "nbs" / f"{job}.ipynb", as_version=4).cells if cell.cell_type == "code"]
+    injected = "# Parameters\n" + "\n".join(f"{name} = {str(value)!r}" if isinstance(value, Path) else f"{name} = {value!r}" for name, value in parameters.items())
+    at = next(i for i, source in enumerate(cells) if source.startswith("# Parameters")) + 1
+    return [*cells[:at], injected, *cells[at:]]
+
+
+def settings_error(job: str, **parameters) -> Exception | None:
+    """What a job's cells raise with these parameters before the cell that starts the run, in this process and the current folder: a kernel for each of many wrong settings would take minutes."""
+    sources = _sources(job, parameters)
+    ran: list[str] = []
+    names = {"In": ran, "__name__": "__main__"}
+    for source in sources[:next(i for i, source in enumerate(sources) if "start_run(" in source)]:
         ran.append(source)
         try:
             exec(source, names)

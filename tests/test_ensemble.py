@@ -11,7 +11,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-from jobs import ROOT, SMALL, files_of, job_environment, run_job, settings_error, train
+from jobs import ROOT, SMALL, files_of, job_environment, run_cells, run_job, settings_error
 
 from bloodnb import comparison, ensembles
 from bloodnb import data as cell_data
@@ -30,7 +30,7 @@ def runs(tmp_path_factory) -> Path:
     for name in MEMBERS:
         (work / name).mkdir()
     with ThreadPoolExecutor(2) as pool:
-        jobs = list(pool.map(lambda name: train(work / name, **GIVEN | MEMBERS[name] | {"output": folder / name}), MEMBERS))
+        jobs = list(pool.map(lambda name: run_cells("train", work / name, **GIVEN | MEMBERS[name] | {"output": folder / name}), MEMBERS))
     for job in jobs:
         assert job.returncode == 0, job.stderr
     return folder
@@ -96,7 +96,7 @@ def test_ensemble_says_the_same_in_a_fresh_process(stack, tmp_path):
 def test_ensemble_is_measured_like_a_run(stack, tmp_path):
     """Of its members' data, the test part that all kept; with the members' views and backgrounds; and the look is written into its own run.json."""
     shutil.copytree(stack, stack.parent / "measured")
-    job = run_job("evaluate", tmp_path, run=stack.parent / "measured", suites="held_out", prior="uniform", output="out")
+    job = run_cells("evaluate", tmp_path, run=stack.parent / "measured", suites="held_out", prior="uniform", output="out")
     assert job.returncode == 0, job.stderr
     said, again = arrays_of(stack), arrays_of(tmp_path / "out")
     metrics, kept = read_json(tmp_path / "out" / "metrics.json"), read_json(stack.parent / "measured" / "run.json")

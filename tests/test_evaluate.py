@@ -10,7 +10,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-from jobs import ROOT, SMALL, cells_run, files_of, run_job, settings_error, train
+from jobs import ROOT, SMALL, cells_run, files_of, run_cells, run_job, settings_error
 
 from bloodnb import corruptions, evaluation, runs, shifts
 from bloodnb import data as cell_data
@@ -25,7 +25,7 @@ REAL = Path(os.environ.get("BLOODNB_DATA", ROOT.parent / "shared" / "data"))
 def folder(tmp_path_factory) -> Path:
     """A folder with a training run, `run`, and its evaluation, `seen`; tests only read them."""
     folder = tmp_path_factory.mktemp("evaluate")
-    job = train(folder, **SMALL | {"output": "run"})
+    job = run_cells("train", folder, **SMALL | {"output": "run"})
     assert job.returncode == 0, job.stderr
     shutil.copytree(folder / "run", folder / "untouched")
     job = evaluate(folder, run="run", output="seen", suites="held_out", tta="flips")
@@ -73,7 +73,7 @@ def test_every_look_is_written_down(folder, tmp_path):
     assert [read["job"] for read in first] == ["train"] and [read["job"] for read in second] == ["train", "evaluate"]
     assert first[0]["data_sha256"] == second[1]["data_sha256"] and read_json(folder / "seen" / "run.json")["reads"] == 2
     shutil.copytree(folder / "run", tmp_path / "run")
-    job = evaluate(tmp_path, run="run", output="again", suites="held_out", prior="estimated")
+    job = run_cells("evaluate", tmp_path, run="run", output="again", suites="held_out", prior="estimated")
     assert job.returncode == 0, job.stderr
     again = read_json(tmp_path / "again" / "metrics.json")
     assert again["reads"] == 3 and again["suites"]["held_out"]["sha256"] == read_json(folder / "seen" / "metrics.json")["suites"]["held_out"]["sha256"]
@@ -103,7 +103,7 @@ def test_refusal_leaves_nothing(folder):
 def test_photos_of_another_laboratory_that_lack_classes(folder, tmp_path):
     """Five of the eight classes: every score is over those."""
     shutil.copytree(folder / "run", tmp_path / "run")
-    job = evaluate(tmp_path, run="run", data=REAL / "chula_96.zip", output="seen", suites="none")
+    job = run_cells("evaluate", tmp_path, run="run", data=REAL / "chula_96.zip", output="seen", suites="none")
     assert job.returncode == 0, job.stderr
     metrics, cells = read_json(tmp_path / "seen" / "metrics.json"), cell_data.load(REAL / "chula_96.zip", SMALL["image_size"])
     assert metrics["n"] == len(cells) == 511 and len(metrics["per_class"]) == 5 and metrics["notice"] is None and metrics["reads"] == 1

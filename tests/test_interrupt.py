@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
-from jobs import SMALL, files_of, job_environment, train, train_command
+from jobs import SMALL, files_of, job_environment, run_cells, train_command
 
 from bloodnb.data import download
 
@@ -79,7 +79,7 @@ def test_ctrl_c_leaves_nothing_and_the_next_run_works(tmp_path, start):
     wait_for("the kernel's end", lambda: not kernel.is_running() or kernel.status() == psutil.STATUS_ZOMBIE, seconds=60)
     assert not list(tmp_path.rglob("metrics.json")) and not (tmp_path / "run").exists()
     assert names(tmp_path) == {"out.ipynb", "run.checkpoint"}, "the partial folder goes with the run; what lets it go on stays"
-    again = train(tmp_path, **ENDLESS | {"epochs": 1})
+    again = run_cells("train", tmp_path, **ENDLESS | {"epochs": 1})
     assert again.returncode == 0, again.stderr
     assert names(tmp_path) == {"out.ipynb", "run"} and "metrics.json" in files_of(tmp_path / "run")
 
@@ -107,10 +107,11 @@ def test_killed_run_goes_on_and_ends_as_if_left_alone(tmp_path):
         process.kill()
     job.wait(60)
     assert state.exists() and not (tmp_path / "killed" / "run").exists()
+    said = {}
     for folder in ("killed", "alone"):
-        done = train(tmp_path / folder, **given)
+        done = run_cells("train", tmp_path / folder, **given)
         assert done.returncode == 0, done.stderr
-    said = {folder: "going on after epoch" in (tmp_path / folder / "out.ipynb").read_text() for folder in ("killed", "alone")}
+        said[folder] = "going on after epoch" in done.stdout
     assert said == {"killed": True, "alone": False}
     killed, alone = (files_of(tmp_path / folder / "run") for folder in ("killed", "alone"))
     assert killed["metrics.json"] == alone["metrics.json"] and killed["predictions.npz"] == alone["predictions.npz"]

@@ -14,7 +14,7 @@ import keras
 import nbformat
 import numpy as np
 import pytest
-from jobs import ROOT, SMALL, cells_run, files_of, job_environment, run_job, train
+from jobs import ROOT, SMALL, cells_run, files_of, job_environment, run_cells, run_job
 
 from bloodnb import models, submission
 from bloodnb import data as cell_data
@@ -47,8 +47,8 @@ def folder(tmp_path_factory) -> Path:
     for name in MEMBERS:
         (folder / f"work_{name}").mkdir()
     with ThreadPoolExecutor(2) as pool:
-        jobs = list(pool.map(lambda name: train(folder / f"work_{name}", **SMALL | MEMBERS[name] | {"data": folder / "homework.npz", "output": folder / name}), MEMBERS))
-    jobs.append(run_job("ensemble", folder, runs="plain,views", method="geometric", output="both"))
+        jobs = list(pool.map(lambda name: run_cells("train", folder / f"work_{name}", **SMALL | MEMBERS[name] | {"data": folder / "homework.npz", "output": folder / name}), MEMBERS))
+    jobs.append(run_cells("ensemble", folder, runs="plain,views", method="geometric", output="both"))
     assert not any(job.returncode for job in jobs), [job.stderr for job in jobs]
     return folder
 
@@ -76,10 +76,10 @@ def ask_server(zipped: Path, run: Path, room: Path) -> tuple[np.ndarray, np.ndar
     return np.load(room / "labels.npy"), y_prob.argmax(1), done.stdout.splitlines()
 
 
-def refusal(folder: Path, **parameters) -> str:
+def refusal(folder: Path, how=run_cells, **parameters) -> str:
     """The error that ends the job; it must leave no zip and no partial folder."""
     before = sorted(folder.rglob("*"))
-    job = run_job("submit", folder, **{"run": "plain", "output": "refused"} | parameters)
+    job = how("submit", folder, **{"run": "plain", "output": "refused"} | parameters)
     assert job.returncode != 0, "the job was not refused"
     assert [path for path in sorted(folder.rglob("*")) if path.name != "out.ipynb"] == [path for path in before if path.name != "out.ipynb"]
     return [line for line in job.stderr.splitlines() if re.match(r"\w*(Error|Exception): ", line)][-1]
@@ -110,7 +110,7 @@ def test_server_gets_the_labels_of_the_run(handed_in, folder, tmp_path):
 
 def test_ensemble_is_handed_in_with_its_members_own_views(folder, tmp_path):
     """Two networks in one zip, one that sees a background and four views of each picture, and one that sees neither."""
-    job = run_job("submit", folder, run="both", output="handed_in_both")
+    job = run_cells("submit", folder, run="both", output="handed_in_both")
     assert job.returncode == 0, job.stderr
     labels, wanted, _ = ask_server(folder / "handed_in_both" / "submission.zip", folder / "both", tmp_path)
     assert np.array_equal(labels, wanted)
@@ -126,7 +126,7 @@ def test_one_run_gives_one_zip(handed_in, folder, tmp_path):
 
 def test_what_cannot_be_meant_is_refused_at_once(folder):
     """One mistake under papermill; the messages of the others are tested in 12_submission."""
-    message = refusal(folder, tta="flip")
+    message = refusal(folder, run_job, tta="flip")
     assert "Did you mean 'flips'" in message, message
     assert "check_submit(" in cells_run(folder / "out.ipynb")[-1], "refused in the settings' cell"
 
@@ -139,7 +139,6 @@ def test_damaged_model_leaves_nothing(folder, tmp_path):
     for name, content in files_of(folder / "plain").items():
         (tmp_path / "broken" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "broken" / name).write_bytes(content if name != "model.keras" else content[: len(content) // 2])
-    (tmp_path / "out.ipynb").touch()
     assert "model.keras does not hold a classifier that can be read" in refusal(tmp_path, run="broken")
 
 
