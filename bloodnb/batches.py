@@ -29,7 +29,7 @@ import yaml
 
 import bloodnb
 from .data import find_source, unknown_name
-from .workers import LocalStore, Outcome, Task, carry_out, find_store
+from .workers import LocalStore, Outcome, Task, carry_out, find_store, local_inputs
 
 # %% auto #0
 __all__ = ['NOT_IN_ID', 'BATCH_KEYS', 'RUN_COLUMNS', 'find_job', 'job_parameters', 'content_digest', 'run_id', 'Batch',
@@ -254,7 +254,7 @@ def run_id(job: str, parameters: Mapping[str, Any], skip: Path | None = None) ->
     ValueError, FileNotFoundError
         If a training's parameters cannot be meant.
     """
-    notebook = find_job(job)
+    notebook, parameters = find_job(job), local_inputs(parameters)
     if job == "train":
         identity = _training_identity(parameters, skip)
     else:
@@ -660,8 +660,7 @@ def list_runs(folder: str | Path = "_runs") -> pd.DataFrame:
         If there is no such folder.
     """
     if "://" in str(folder) and not str(folder).startswith("file://"):
-        store = find_store(folder)
-        found = [(id, store.read_record(id)) for id in sorted(store.finished())]
+        found = find_store(folder).records()
     else:
         root = find_store(folder).root
         if not root.is_dir():

@@ -18,8 +18,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -36,8 +36,8 @@ except ImportError:  # Windows
     fcntl = None
 
 # %% auto #0
-__all__ = ['Task', 'Outcome', 'is_whole', 'LocalStore', 'hold', 'find_store', 'worker_environment', 'papermill_command',
-           'end_left_over', 'notebook_error', 'carry_out']
+__all__ = ['Task', 'Outcome', 'is_whole', 'LocalStore', 'hold', 'find_store', 'local_inputs', 'worker_environment',
+           'papermill_command', 'end_left_over', 'notebook_error', 'carry_out']
 
 # %% ../nbs/10_workers.ipynb #ddea8845
 @dataclass(frozen=True)
@@ -154,6 +154,9 @@ class LocalStore:
     def publish(self, id: str, folder: Path) -> None:
         """Make a run that is whole in `folder` a result; here it is one already."""
 
+    def keep_notebook(self, id: str) -> None:
+        """Keep the executed notebook of a run that failed; here it is kept already."""
+
     def notebook_path(self, id: str) -> Path:
         """Where the executed notebook is written."""
         return self.root / "logs" / f"{id}.ipynb"
@@ -203,6 +206,14 @@ def find_store(url: str | Path) -> Any:
 
         return RemoteStore(text)
     return LocalStore(text)
+
+def local_inputs(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of a job, with files of this machine in place of those that have an address (`bloodnb.clusters.fetch_inputs`)."""
+    if not any(isinstance(value, str) and "://" in value for value in parameters.values()):
+        return dict(parameters)
+    from bloodnb.clusters import fetch_inputs
+
+    return fetch_inputs(parameters)
 
 # %% ../nbs/10_workers.ipynb #dd4e3837
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS", "VECLIB_MAXIMUM_THREADS",
@@ -360,12 +371,13 @@ def carry_out(task: Task, stop: threading.Event | None = None) -> Outcome:
     if store.is_finished(task.id):
         return Outcome(task.id, "done", worker=worker)
     end_left_over(task)
-    for attempt in range(1, task.retries + 2):
+    task, folder = replace(task, parameters=local_inputs(task.parameters)), Path(store.workspace(task.id))
+    state, error, attempt = "done", "", 0
+    for attempt in range(1, 1 if is_whole(folder) else task.retries + 2):  # a run that is whole here lacks only its upload
         state, error, again = _attempt(task, store, stop)
         if not again or (stop and stop.wait(1)):
             break
         if not stop:
             time.sleep(1)
-    if state == "done":
-        store.publish(task.id, Path(store.workspace(task.id)))
+    store.publish(task.id, folder) if state == "done" else store.keep_notebook(task.id)
     return Outcome(task.id, state, round(time.monotonic() - began, 2), error, attempt, worker)
