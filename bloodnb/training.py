@@ -10,6 +10,7 @@ import html
 import math
 import re
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -479,7 +480,7 @@ def _callbacks(plan: TrainingPlan, validated: bool, table: EpochTable, saver: Ch
     return [StopOnNaN(), *averaged, stop, table, *falling, *([saver] if saver is not None else [])], stop
 
 # %% ../nbs/05_training.ipynb #5f116232
-def _fit(model, train, val, phase: _Phase, plan: TrainingPlan, table: EpochTable, saver: Checkpoint | None) -> str:
+def _fit(model, train, val, phase: _Phase, plan: TrainingPlan, table: EpochTable, saver: Checkpoint | None, others: list) -> str:
     "Compile and fit one phase, from where a checkpoint stands; says how it went."
     _compile(model, phase, plan, len(train))
     callbacks, stop = _callbacks(plan, val is not None, table, saver)
@@ -493,7 +494,8 @@ def _fit(model, train, val, phase: _Phase, plan: TrainingPlan, table: EpochTable
         if saver is not None:
             saver.phase = phase.name
         train.go_to(state.epoch if state else 0)
-        model.fit(train, validation_data=val, epochs=phase.last, initial_epoch=state.epoch if state else 0, verbose=0, shuffle=False, callbacks=callbacks)
+        model.fit(train, validation_data=val, epochs=phase.last, initial_epoch=state.epoch if state else 0, verbose=0, shuffle=False,
+                  callbacks=[*callbacks, *others])
     return f"{phase.name}: best {stop.monitor} {stop.best:.4f} in epoch {stop.best_epoch + 1}" if val is not None else f"{phase.name}: {phase.last} epochs"
 
 # %% ../nbs/05_training.ipynb #5a097032
@@ -550,7 +552,7 @@ def _image_batches(train, plan: TrainingPlan, batch_size: int, class_weight) -> 
     return Batches(train.images, train.labels, n_classes, batch_size, plan.seed, class_weight, made)
 
 # %% ../nbs/05_training.ipynb #4fc0be98
-def _one_phase(model, train, val, phase: _Phase, plan: TrainingPlan, cache, table: EpochTable, saver: Checkpoint | None) -> str:
+def _one_phase(model, train, val, phase: _Phase, plan: TrainingPlan, cache, table: EpochTable, saver: Checkpoint | None, others: list) -> str:
     "Train the head on features, or the whole model on pictures."
     classes = len(train.class_names)
     weights = class_weights(train.labels, classes) if plan.class_weight else None
@@ -561,11 +563,11 @@ def _one_phase(model, train, val, phase: _Phase, plan: TrainingPlan, cache, tabl
         tested = val and Batches(features.of(val.images), val.labels, classes, phase.batch_size)
         head = head_model(model)
         _fit_momentum(head, len(batches))
-        return _fit(head, batches, tested, phase, plan, table, saver)
+        return _fit(head, batches, tested, phase, plan, table, saver, others)
     set_trainable(model, plan.unfreeze, plan.normalization)
     batches = _image_batches(train, plan, phase.batch_size, weights)
     _fit_momentum(model, len(batches))
-    return _fit(model, batches, val and Batches(val.images, val.labels, classes, phase.batch_size), phase, plan, table, saver)
+    return _fit(model, batches, val and Batches(val.images, val.labels, classes, phase.batch_size), phase, plan, table, saver, others)
 
 def _saver(path, model, train, val, plan: TrainingPlan, stop_after) -> Checkpoint:
     held = [] if val is None else [val.images, val.labels]
@@ -589,7 +591,8 @@ def _remaining(phases: list[_Phase], saver: Checkpoint, table: EpochTable) -> li
 
 # %% ../nbs/05_training.ipynb #cb9c0a50
 def train_classifier(model: keras.Model, train: CellImages, val: CellImages | None, plan: TrainingPlan | None = None, *, checkpoint: str | Path | None = None,
-                     cache: str | Path | None = None, stop_after: tuple[int, int] | None = None, verbose: bool = True, **choices) -> pd.DataFrame:
+                     cache: str | Path | None = None, stop_after: tuple[int, int] | None = None, callbacks: Callable[[str], list] | None = None,
+                     verbose: bool = True, **choices) -> pd.DataFrame:
     """Train a classifier in two phases, in place: the head on a resting backbone, then the backbone's last layers too.
 
     Parameters
@@ -608,6 +611,9 @@ def train_classifier(model: keras.Model, train: CellImages, val: CellImages | No
         Folder in which features of the first phase are kept, and looked for; see `bloodnb.checkpoints.feature_cache`.
     stop_after : tuple of two int, optional
         Epochs after which the phases end at the latest, with the learning rates of the whole plan; see `best_epochs`.
+    callbacks : callable, optional
+        From a phase's name ("head" or "fine-tune") to a list of `keras.callbacks.Callback` for it, which are called after this
+        function's own: at an epoch's end its checkpoint is already written. They do not hear of epochs that a checkpoint brought along.
     verbose : bool
         Whether to show an `EpochTable`.
     **choices
@@ -631,7 +637,8 @@ def train_classifier(model: keras.Model, train: CellImages, val: CellImages | No
     saver = None if checkpoint is None else _saver(checkpoint, model, train, val, plan, stop_after)
     if saver and saver.state:
         phases = _remaining(phases, saver, table)
-    table.finish("; ".join([_one_phase(model, train, val, phase, plan, cache, table, saver) for phase in phases]))
+    made = {phase.name: list(callbacks(phase.name)) if callbacks else [] for phase in phases}
+    table.finish("; ".join([_one_phase(model, train, val, phase, plan, cache, table, saver, made[phase.name]) for phase in phases]))
     return pd.DataFrame(table.rows)
 
 # %% ../nbs/05_training.ipynb #8c0ac2e0
