@@ -26,8 +26,8 @@ from .operations import Draws, Operation, PlainOperation, run
 
 # %% auto #0
 __all__ = ['OPERATIONS', 'PIPELINES', 'ENGINES', 'SomeOf', 'RandAugment', 'AugMix', 'blend', 'Mixing', 'MixUp', 'CutMix',
-           'Pipeline', 'OneOf', 'as_operation', 'to_dict', 'find_pipeline', 'check_augmentation', 'partners', 'one_hot',
-           'Augmenter', 'augment', 'augmented_dataset', 'keras_cv_dataset', 'show_pipeline']
+           'Pipeline', 'OneOf', 'as_operation', 'to_dict', 'with_strength', 'find_pipeline', 'check_augmentation',
+           'partners', 'one_hot', 'Augmenter', 'augment', 'augmented_dataset', 'keras_cv_dataset', 'show_pipeline']
 
 # %% ../nbs/03_augmentation.ipynb #7f80246f
 def _chosen(draws: Draws, n: tuple[int, int], count: int):
@@ -413,14 +413,64 @@ PIPELINES: dict[str, list] = {
 }
 
 # %% ../nbs/03_augmentation.ipynb #234a4a38
+_BEST_WHOLE = ("Flip",)  # operations that have no strength, and do no harm
+
+def _scaled(value: Any, strength: float) -> Any:
+    "An operation's dict, or a list of them, with every factor (else the rate) times the strength, as far as the operation goes."
+    if isinstance(value, (list, tuple)):
+        return [_scaled(item, strength) for item in value]
+    cls = _CLASSES[value["operation"]]
+    if "operations" in value or "ways" in value:
+        return {**value, **{key: _scaled(value[key], strength) for key in ("operations", "ways") if key in value}}
+    if "factor" in value:
+        low, high = getattr(cls, "limits", (0.0, 1.0))
+        clip = lambda end: min(max(end * strength, low), high)
+        return {**value, "factor": [clip(end) for end in value["factor"]] if isinstance(value["factor"], list) else clip(value["factor"])}
+    return value if cls.__name__ in _BEST_WHOLE else {**value, "rate": min(value["rate"] * strength, 1.0)}
+
+def with_strength(pipeline: Operation | str, strength: float) -> Pipeline:
+    """A pipeline with all its strengths multiplied.
+
+    Parameters
+    ----------
+    pipeline : Operation or str
+        See `find_pipeline`.
+    strength : float
+        0 to 4; 0 leaves pictures as they are, but for flips. Each factor stops at the most that its operation takes. Where an operation has
+        no factor, its rate is multiplied, up to 1.
+
+    Raises
+    ------
+    ValueError
+        If the strength is out of range.
+    """
+    if isinstance(strength, bool) or not isinstance(strength, numbers.Real) or not 0 <= strength <= 4:
+        raise ValueError(f"strength is {strength!r}; wanted a number of 0 to 4, such as 0.5 for half of everything.")
+    whole = find_pipeline(pipeline) if isinstance(pipeline, str) else pipeline if isinstance(pipeline, Pipeline) else Pipeline([pipeline])
+    return Pipeline(_scaled(to_dict(whole)["operations"], float(strength)), seed=whole.seed)
+
+# %% ../nbs/03_augmentation.ipynb #8e5dbd7e
+def _part(text: str) -> list:
+    "The operations of one name, with its strength if it has one."
+    known = {**{key: [key] for key in OPERATIONS}, **PIPELINES}
+    name, star, strength = (word.strip() for word in text.partition("*"))
+    if name not in known:
+        raise ValueError(unknown_name("augmentation", name, known))
+    if not star:
+        return known[name]
+    try:
+        return with_strength(Pipeline(known[name]), float(strength)).operations
+    except ValueError as error:
+        raise ValueError(f"augmentation {text!r}: the strength is {strength!r}; wanted a number of 0 to 4, as in {name}*0.5") from error
+
 def find_pipeline(name: str | Sequence | Operation, seed: int = 0) -> Pipeline:
     """The pipeline that a name stands for.
 
     Parameters
     ----------
     name : str, sequence or Operation
-        Keys of `PIPELINES` or `OPERATIONS`, joined by "+" and done in this order, e.g. "robust" or "flip+rotation+gaussian_noise";
-        or a list of operations, names and dicts; or an operation.
+        Keys of `PIPELINES` or `OPERATIONS`, joined by "+" and done in this order, e.g. "robust" or "flip+rotation+gaussian_noise", each
+        with a strength if wanted: "robust*0.5" (see `with_strength`); or a list of operations, names and dicts; or an operation.
     seed : int
         Of its random numbers.
 
@@ -430,12 +480,7 @@ def find_pipeline(name: str | Sequence | Operation, seed: int = 0) -> Pipeline:
         If a name is unknown, with the nearest ones.
     """
     if isinstance(name, str):
-        parts = [part.strip() for part in name.split("+")]
-        known = {**{key: [key] for key in OPERATIONS}, **PIPELINES}
-        for part in parts:
-            if part not in known:
-                raise ValueError(unknown_name("augmentation", part, known))
-        return Pipeline([operation for part in parts for operation in known[part]], seed=seed)
+        return Pipeline([operation for part in name.split("+") for operation in _part(part.strip())], seed=seed)
     return Pipeline(name, seed=seed)
 
 # %% ../nbs/03_augmentation.ipynb #ef93463d
