@@ -561,8 +561,17 @@ def _no_such(path: Path) -> str:
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
     return f"no data source {str(path)!r}.{hint}{there}{missing} Wanted a path to .npz, .zip or a folder, or one of: {', '.join(_NAMED)}."
 
+def _found(text: str) -> str:
+    "The path that `find:`, `find:NAME` or `find:NAME:PARTS` stands for; any other text as it is."
+    if not text.startswith("find:"):
+        return text
+    from bloodnb.machines import find_data  # only for those who ask
+
+    name, colon, parts = text.removeprefix("find:").partition(":")
+    return f"{find_data(name)}{colon}{parts}"
+
 def find_source(source: str | Path) -> Source:
-    """What `load` would read, found without reading it.
+    """What `load` would read, found without reading it. `find:` and `find:NAME` are looked for as `bloodnb.machines.find_data` says.
 
     Raises
     ------
@@ -571,7 +580,7 @@ def find_source(source: str | Path) -> Source:
     ValueError
         If the file is of another kind, or an option is unknown.
     """
-    text = str(source)
+    text = _found(str(source))
     if not text.strip():
         raise FileNotFoundError(f"no data source {text!r}: it is empty. Wanted a path to .npz, .zip or a folder, or one of: {', '.join(_NAMED)}.")
     match = None if Path(text).exists() else _OPTIONS.fullmatch(text)
@@ -642,6 +651,9 @@ def load(source: str | Path, size: int = 96) -> CellImages:
         raise ValueError(f"size is {size!r}; wanted a whole number of pixels, 8..1024.")
     found = find_source(source)
     cells = READERS[found.kind](found, size)
+    if str(source).startswith("find:"):
+        print(f"{source} is {found.name}")
+        source = found.name
     return CellImages(cells.images, cells.labels, cells.class_names, cells.index, str(source))
 
 # %% ../nbs/00_data.ipynb #8f4089d8

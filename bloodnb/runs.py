@@ -32,6 +32,7 @@ from matplotlib.figure import Figure
 
 import bloodnb
 from .data import CLASS_NAMES, CellImages, find_source, sha256, unknown_name
+from .machines import runs_folder, storage_notice
 
 # %% auto #0
 __all__ = ['library_versions', 'git_revision', 'device_name', 'peak_memory', 'Run', 'start_run', 'read_run', 'read_history',
@@ -189,7 +190,7 @@ def _now() -> str:
 
 # %% ../nbs/10_runs.ipynb #49ce4e2d
 def start_run(output: str | Path, overwrite: bool = False) -> Run:
-    """Begin a run that will leave the folder `output`.
+    """Begin a run that will leave the folder `output`; on Colab and Kaggle it says if that will not stay.
 
     Parameters
     ----------
@@ -211,6 +212,8 @@ def start_run(output: str | Path, overwrite: bool = False) -> Run:
     output = Path(str(output))  # papermill makes a number of `-p output 1`
     partial = output.parent / f"{output.name}.partial-{os.getpid()}"
     _check_output(output, partial, overwrite)
+    if notice := storage_notice(output):
+        print(notice)
     return Run(output, partial)
 
 # %% ../nbs/10_runs.ipynb #24a124cf
@@ -359,8 +362,8 @@ def file_sha256(path: str | Path) -> str | None:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 def default_output(name: str) -> Path:
-    """Where a run goes that was given no output: `_runs/NAME-YEAR-MONTH-DAY-TIME` in the current folder, local time."""
-    return Path("_runs") / f"{name}-{datetime.now():%Y-%m-%d-%H%M%S}"
+    """Where a run goes that was given no output: `_runs/NAME-YEAR-MONTH-DAY-TIME` in the current folder (on Kaggle in `/kaggle/working`), local time."""
+    return runs_folder() / f"{name}-{datetime.now():%Y-%m-%d-%H%M%S}"
 
 # %% ../nbs/10_runs.ipynb #92c3de60
 def _plain(value: Any) -> Any:
