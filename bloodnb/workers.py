@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import importlib.util
 import json
 import os
@@ -322,11 +323,19 @@ def _judge(task: Task, store: Any, code: int, log: Path) -> tuple[str, str, bool
     return "failed", f"the notebook ended well but left no run.json and metrics.json in {store.workspace(task.id)}; wanted a folder at its parameter output.", False
 
 # %% ../nbs/10_workers.ipynb #0ef80b94
+def _clear(workspace: Path) -> None:
+    "Remove what dead processes have left of a run that is not whole; what lets it go on (`NAME.checkpoint`) stays."
+    for partial in workspace.parent.glob(f"{glob.escape(workspace.name)}.partial-*"):
+        pid = partial.name.rpartition("-")[2]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(partial, ignore_errors=True)
+    if workspace.exists() and not is_whole(workspace):  # a machine that lost its power, or a job that does not write aside
+        shutil.rmtree(workspace)
+
 def _attempt(task: Task, store: Any, stop: threading.Event | None) -> tuple[str, str, bool]:
     "Run the notebook once; as `_judge`."
     workspace = Path(store.workspace(task.id))
-    if workspace.exists() and not is_whole(workspace):  # a machine that lost its power, or a job that does not write aside
-        shutil.rmtree(workspace)
+    _clear(workspace)
     workspace.parent.mkdir(parents=True, exist_ok=True)
     child, log = _start(task, store)
     try:
@@ -338,6 +347,7 @@ def _attempt(task: Task, store: Any, stop: threading.Event | None) -> tuple[str,
         _end(child)
     if child.returncode:
         end_left_over(task)
+        _clear(workspace)
     state, error, again = _judge(task, store, child.returncode, log)
     if state == "done":
         log.unlink(missing_ok=True)

@@ -1,0 +1,93 @@
+"""What a batch costs beside the work: papermill and its kernel around one training, and the listing of 200 finished runs.
+
+    python benchmarks/batch.py [ROUNDS [RECIPE]]
+
+A training (nbs/train.ipynb, by default with the recipe demo on drawn cells) is carried out by a worker, as `bloodnb batch` does it, and the same cells
+run as one script in a fresh process; ROUNDS (3) of each in turn, medians. Their difference is all that papermill, the kernel and the worker add: two more
+processes to start, messages between them, figures drawn a second time for the notebook, the notebook saved after each cell. Both import the same libraries
+once and write the same run folder.
+"""
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+from bloodnb.batches import find_job, list_runs
+from bloodnb.workers import Task, carry_out, worker_environment
+
+# The cells one after another in one namespace; what a notebook would show of a cell's last value is not made.
+SCRIPT = """import json, sys
+ran = []
+names = {"In": ran, "__name__": "__main__"}
+for cell in json.load(open(sys.argv[1]))["cells"]:
+    if cell["cell_type"] == "code":
+        for source in ["".join(cell["source"]), *(sys.argv[2:] if "parameters" in cell["metadata"].get("tags", []) else [])]:
+            ran.append(source)
+            exec(source, names)
+"""
+RUNS = 200
+
+
+def seconds_of(function) -> float:
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def by_worker(task: Task) -> None:
+    outcome = carry_out(task)
+    assert outcome.state == "done", outcome.error
+
+
+def by_script(task: Task, output: Path) -> None:
+    given = "# Parameters\n" + "\n".join(f"{name} = {value!r}" for name, value in {**task.parameters, "output": str(output)}.items())
+    subprocess.run([sys.executable, "-c", SCRIPT, task.notebook, given], check=True, env=worker_environment(task) | {"MPLBACKEND": "agg"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def trainings(folder: Path, rounds: int, recipe: str) -> Path:
+    """Print what both ways take; a finished run."""
+    notebook, found = str(find_job("train")), {"worker": [], "script": []}
+    for i in range(rounds):
+        task = Task(f"run-{i}", "train", notebook, {"data": "drawn", "recipe": recipe}, str(folder / "results"))
+        found["worker"].append(seconds_of(lambda: by_worker(task)))
+        found["script"].append(seconds_of(lambda: by_script(task, folder / f"script-{i}")))
+    stages = [json.loads((folder / "results" / f"run-{i}" / "run.json").read_bytes())["stages"] for i in range(rounds)]
+    worker, script = (statistics.median(found[name]) for name in ("worker", "script"))
+    print(f"train.ipynb, recipe {recipe}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores, median of {rounds}:")
+    print(f"  by a worker, papermill and a kernel   {worker:6.1f} s   ({', '.join(f'{value:.1f}' for value in found['worker'])})")
+    print(f"  the same cells as a script            {script:6.1f} s   ({', '.join(f'{value:.1f}' for value in found['script'])})")
+    print(f"  difference {worker - script:.1f} s, ratio {worker / script:.2f}; the run itself records {statistics.median(stage['train'] for stage in stages):.1f} s of training")
+    return folder / "results" / "run-0"
+
+
+def plain_loop(folder: Path) -> None:
+    for path in sorted(folder.rglob("metrics.json")):
+        json.loads(path.read_bytes()), json.loads(path.with_name("run.json").read_bytes())
+
+
+def listing(folder: Path, run: Path) -> None:
+    """Print what it takes to list copies of a run."""
+    for i in range(RUNS):
+        shutil.copytree(run, folder / f"run-{i}")
+    table, loop = (min(seconds_of(lambda: function(folder)) for _ in range(5)) for function in (list_runs, plain_loop))
+    words = [sys.executable, "-m", "bloodnb.command", "runs", str(folder)]
+    whole = min(seconds_of(lambda: subprocess.run(words, check=True, env=worker_environment(Task("", "", "")), stdout=subprocess.DEVNULL)) for _ in range(3))
+    print(f"{RUNS} finished runs: list_runs {table:.3f} s, a plain loop over their JSON files {loop:.3f} s, ratio {table / loop:.2f}; the command bloodnb runs in all {whole:.2f} s")
+
+
+def main() -> None:
+    rounds, recipe = int(sys.argv[1]) if len(sys.argv) > 1 else 3, sys.argv[2] if len(sys.argv) > 2 else "demo"
+    with tempfile.TemporaryDirectory() as room:
+        (Path(room) / "many").mkdir()
+        run = trainings(Path(room), rounds, recipe)
+        listing(Path(room) / "many", run)
+
+
+if __name__ == "__main__":
+    main()
