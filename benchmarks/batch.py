@@ -23,12 +23,13 @@ from bloodnb.workers import Task, carry_out, worker_environment
 
 # The cells one after another in one namespace; what a notebook would show of a cell's last value is not made.
 SCRIPT = """import json, sys
-cells = ["".join(cell["source"]) for cell in json.load(open(sys.argv[1]))["cells"] if cell["cell_type"] == "code"]
 ran = []
 names = {"In": ran, "__name__": "__main__"}
-for source in [cells[0], sys.argv[2], *cells[1:]]:
-    ran.append(source)
-    exec(source, names)
+for cell in json.load(open(sys.argv[1]))["cells"]:
+    if cell["cell_type"] == "code":
+        for source in ["".join(cell["source"]), *(sys.argv[2:] if "parameters" in cell["metadata"].get("tags", []) else [])]:
+            ran.append(source)
+            exec(source, names)
 """
 RUNS = 200
 

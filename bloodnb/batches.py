@@ -585,7 +585,8 @@ def run_batch(batch: Batch, runner: Any = None, jobs: int | None = None) -> list
     KeyboardInterrupt
         After Ctrl-C, once the runs at work are stopped.
     """
-    tasks = plan_batch(batch, jobs)
+    threads = None if runner is None else batch.threads or max(1, int(batch.num_cpus))  # a cluster divides cores by what a run asks for
+    tasks = plan_batch(batch, jobs, threads)
     runner = runner or LocalRunner(jobs or batch.jobs)
     store = find_store(tasks[0].store)
     with store.lock():

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import os
 import shutil
 import socket
@@ -465,7 +464,7 @@ def work(sent: dict[str, Any], notebook: str, probe: str = "") -> Iterator[dict[
         return
     if not Path(task.folder or ".").is_dir():  # where relative paths count from, on the machine that planned the batch
         task = replace(task, folder="")
-    yield asdict(carry_out(_with_notebook(task, notebook)))
+    yield asdict(carry_out(_with_notebook(task, notebook), threading.Event()))  # with an event it looks about, and so hears that it is cancelled
 
 _UNSHARED = ("{host} does not see the folder {store} of the machine that runs the batch, so its results would be left behind. "
              "Remedy: a folder that all machines share, or an address such as s3://BUCKET/PATH.")
@@ -499,8 +498,8 @@ class RayRunner:
     Parameters
     ----------
     address : str, optional
-        Of a running cluster ("auto", "ray://HOST:10001", "HOST:6379"). By default `RAY_ADDRESS`, else a Ray of this machine alone, which
-        is started for the batch and ended with it.
+        Of a running cluster that this machine belongs to ("auto", "HOST:6379"). By default `RAY_ADDRESS`, else a Ray of this machine
+        alone, which is started for the batch and ended with it.
     jobs : int, optional
         The most runs at a time; by default what the cluster holds.
     losses : int
@@ -513,6 +512,9 @@ class RayRunner:
         if jobs is not None and (isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1):
             raise ValueError(f"jobs is {jobs!r}; wanted a whole number of at least 1, or None for as many runs as the cluster holds.")
         self.address = address or os.environ.get("RAY_ADDRESS") or None
+        if self.address and self.address.startswith("ray://"):
+            raise ValueError(f"address {self.address} is one for Ray's client, which cannot bring what runs say. "
+                             'Wanted "auto" or HOST:6379. Remedy: start the batch on a machine of the cluster, such as its head.')
         self.jobs, self.losses, self.options = jobs, losses, options
 
     def run(self, tasks: Sequence[Task], on_start: Callable[[Task], Any] = lambda task: None,
@@ -561,6 +563,7 @@ def _connected(address: str | None, options: dict[str, Any]) -> Iterator[Any]:
 
 def _start_ray(ray: Any, address: str | None, settings: dict[str, Any], tries: int = 3) -> None:
     "Connect; a Ray of this machine alone is tried again, since it gives its parts 15 s to start, which a busy machine may exceed."
+    _check_address(address)
     for left in reversed(range(1 if address else tries)):
         try:
             ray.init(address=address, **settings)
@@ -571,6 +574,16 @@ def _start_ray(ray: Any, address: str | None, settings: dict[str, Any], tries: i
                 where = f"the Ray cluster at {address} cannot be reached" if address else "no Ray could be started on this machine"
                 remedy = "look at the address, and whether its Ray has this version" if address else "free memory or processors, or see the logs in Ray's folder"
                 raise ConnectionError(f"{where} ({type(error).__name__}: {error}; Ray {ray.__version__} here). Remedy: {remedy}.") from error
+
+def _check_address(address: str | None) -> None:
+    "Whether something listens there. Ray itself ends the whole process if nothing does."
+    host, _, port = (address or "").rpartition(":")
+    if not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise ConnectionError(f"the Ray cluster at {address} cannot be reached ({error.strerror or error}). Remedy: look at the address; `ray status` on the cluster's head shows it.") from error
 
 # jsonschema, which Ray's processes and papermill import, looks for this package of JupyterLab's, which then spends 3 s on a grammar that
 # nobody here uses. Seven processes do so when Ray starts: on two cores that alone takes most of the 15 s.
@@ -642,8 +655,7 @@ class _Dispatch:
 
     def submit(self, task: Task) -> Any:
         options = {"num_cpus": task.num_cpus, "num_gpus": task.num_gpus, "max_retries": 0, "num_returns": "streaming", "name": task.id}
-        sent = asdict(task) | {"threads": max(1, math.ceil(task.num_cpus))}  # a run computes with what is set aside for it
-        return self.ray.remote(work).options(**options).remote(sent, self.texts[task.notebook], self.probes.get(task.store, ""))
+        return self.ray.remote(work).options(**options).remote(asdict(task), self.texts[task.notebook], self.probes.get(task.store, ""))
 
     def hear(self, stream: Any, task: Task) -> None:
         "Take the next word from a worker, or notice that there will be none."
@@ -676,26 +688,15 @@ class _Dispatch:
         self.outcomes[outcome.id] = outcome
         self.on_end(outcome)
 
-    def cancel(self, patience: float = 15) -> None:
+    def cancel(self, patience: float = 20) -> None:
         "Ask what still runs to stop, which takes its notebook down in order; end the workers that do not."
-        until = time.monotonic() + patience
+        streams, ends = list(self.running), [stream.completed() for stream in self.running]
         for force in (False, True):
-            for stream in self.running:
+            for stream in streams:
                 with contextlib.suppress(Exception):  # it may have ended by itself
                     self.ray.cancel(stream, force=force)
-            while self.running and not force and time.monotonic() < until:
-                self.running = {stream: task for stream, task in self.running.items() if not self.is_over(stream)}
-                time.sleep(0.1)
-
-    def is_over(self, stream: Any) -> bool:
-        "Whether a task that was cancelled has ended; what it still says is let go."
-        if not self.ray.wait([stream], timeout=0, fetch_local=False)[0]:
-            return False
-        try:
-            self.ray.get(next(stream))
-        except BaseException as error:
-            return not isinstance(error, KeyboardInterrupt)
-        return False
+            if not ends or not self.ray.wait(ends, num_returns=len(ends), timeout=patience, fetch_local=False)[1]:
+                return
 
 def _last_words(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -52,7 +52,7 @@ def batch_command(options: argparse.Namespace) -> int:
     if options.on == "ray":
         from bloodnb.clusters import RayRunner
 
-        runner = RayRunner(address=options.address)
+        runner = RayRunner(address=options.address, jobs=options.jobs)
     return batches.exit_code(batches.run_batch(batch, runner))
 
 # %% ../nbs/13_command.ipynb #c6431fd9

@@ -17,10 +17,10 @@ from urllib.request import urlopen
 
 import psutil
 import pytest
-from jobs import NO_NETWORK, ROOT, job_environment
+from jobs import NO_NETWORK, job_environment
 
 from bloodnb.batches import list_runs, read_batch, run_batch
-from bloodnb.clusters import RayRunner, RemoteStore
+from bloodnb.clusters import RayRunner, RemoteStore, _connected, _quick_imports
 
 boto3, _, _ = (pytest.importorskip(name) for name in ("boto3", "moto", "s3fs"))
 
@@ -35,7 +35,7 @@ import json, os, time
 from pathlib import Path
 
 def note(word):
-    with open(journal, "a") as file:
+    with open(f"{journal}.txt", "a") as file:  # the parameter itself names no file, whose content would count in the run's id
         file.write(f"{word} {number} {os.getpid()}\\n")
 
 note("began")
@@ -66,7 +66,8 @@ def write_batch(folder: Path, output: str, numbers: list[int], **parameters) -> 
 
 def journal(folder: Path, word: str) -> list[tuple[int, int]]:
     """(number, process) of each line of the journal that begins so."""
-    lines = [line.split() for line in (folder / "journal").read_text().splitlines()] if (folder / "journal").is_file() else []
+    file = folder / "journal.txt"
+    lines = [line.split() for line in file.read_text().splitlines()] if file.is_file() else []
     return [(int(number), int(process)) for first, number, process in lines if first == word]
 
 
@@ -85,6 +86,13 @@ def run_in_process(file: Path, **environment) -> subprocess.Popen:
     """`bloodnb batch FILE` in a process of its own."""
     return subprocess.Popen([sys.executable, "-m", "bloodnb.command", "batch", str(file)], cwd=file.parent, env=job_environment({**NO_NETWORK, "no_proxy": "127.0.0.1", **environment}),
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Without a package that costs each process 3 s (see `bloodnb.clusters._quick_imports`)."""
+    with _quick_imports():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -121,33 +129,33 @@ def keys(s3, prefix: str) -> list[str]:
 def test_a_batch_leaves_its_results_on_s3(s3, tmp_path, monkeypatch):
     """Done runs are whole there, a failed one leaves its notebook, a second call repeats nothing but that one; the list comes from S3."""
     monkeypatch.setenv("BLOODNB_CACHE", str(tmp_path / "cache"))
-    file = write_batch(tmp_path, "s3://results/first", [4, 9, -1])
+    file = write_batch(tmp_path, "s3://results/first", [4, -1])
     first = run_batch(read_batch(file), jobs=2)
-    assert [outcome.state for outcome in first] == ["done", "done", "failed"] and "-1 has no root" in first[2].error
+    assert [outcome.state for outcome in first] == ["done", "failed"] and "-1 has no root" in first[1].error
     there = keys(s3, "first/")
-    assert {f"first/{outcome.id}/{name}" for outcome in first[:2] for name in ("run.json", "metrics.json")} < set(there)
-    assert f"first/logs/{first[2].id}.ipynb" in there and not [key for key in there if key.endswith((".lock", ".part"))]
+    assert {f"first/{first[0].id}/{name}" for name in ("run.json", "metrics.json")} < set(there)
+    assert f"first/logs/{first[1].id}.ipynb" in there and not [key for key in there if key.endswith((".lock", ".part"))]
     assert not list((tmp_path / "cache").rglob("metrics.json")), "what was uploaded is kept twice"
     table = list_runs("s3://results/first")
-    assert table["id"].tolist() == [first[1].id, first[0].id] and table["accuracy"].tolist() == [0.3, 0.2]
+    assert table["id"].tolist() == [first[0].id] and table["accuracy"].tolist() == [0.2]
     again = run_batch(read_batch(file))
-    assert [outcome.attempts for outcome in again] == [0, 0, 1] and sorted(number for number, _ in journal(tmp_path, "ended")) == [4, 9]
+    assert [outcome.attempts for outcome in again] == [0, 1] and [number for number, _ in journal(tmp_path, "ended")] == [4]
 
 
 def test_a_killed_upload_is_repeated_and_not_the_run(s3, tmp_path, monkeypatch):
     """`kill -9` in the middle of an upload: the run is not listed; a rerun gets past the dead one's lock, uploads what is whole on this machine, and computes nothing."""
     monkeypatch.setenv("BLOODNB_CACHE", str(tmp_path / "cache"))
-    file = write_batch(tmp_path, "s3://results/killed", [4], files=300)
+    file = write_batch(tmp_path, "s3://results/killed", [4], files=80)
     batch = run_in_process(file)
-    until(lambda: len(keys(s3, "killed/root")) >= 5, every=0)
+    until(lambda: len(keys(s3, "killed/root")) >= 5)
     os.killpg(batch.pid, signal.SIGKILL)
     batch.communicate()
     half = keys(s3, "killed/")
-    assert 5 <= len([key for key in half if key.endswith(".bin")]) < 300 and not [key for key in half if key.endswith("metrics.json")]
+    assert 5 <= len([key for key in half if key.endswith(".bin")]) < 80 and not [key for key in half if key.endswith("metrics.json")]
     assert "killed/batch.lock" in half and len(list_runs("s3://results/killed")) == 0
     rerun = run_batch(read_batch(file))
     assert [(outcome.state, outcome.attempts) for outcome in rerun] == [("done", 0)]
-    assert len(keys(s3, f"killed/{rerun[0].id}/")) == 302 and list_runs("s3://results/killed")["accuracy"].tolist() == [0.2]
+    assert len(keys(s3, f"killed/{rerun[0].id}/")) == 82 and list_runs("s3://results/killed")["accuracy"].tolist() == [0.2]
     assert [number for number, _ in journal(tmp_path, "ended")] == [4], "the run was done twice"
 
 
@@ -170,9 +178,6 @@ def test_a_bucket_that_is_not_there_is_named_before_any_run(s3, tmp_path, monkey
     with pytest.raises(OSError, match=r"s3://result/first could not be .*Remedy"):
         run_batch(read_batch(file))
     assert not journal(tmp_path, "began") and [bucket["Name"] for bucket in s3.list_buckets()["Buckets"]] == ["results"], "a bucket was made"
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    with pytest.raises(OSError, match="AWS_ENDPOINT_URL"), RemoteStore("s3://results/elsewhere", local=tmp_path).lock():
-        pass
 
 
 def test_data_from_an_address(s3, tmp_path, monkeypatch):
@@ -190,15 +195,13 @@ def test_data_from_an_address(s3, tmp_path, monkeypatch):
 
 # Ray's sockets have long names, which Linux limits to 107 bytes: a short folder.
 @pytest.fixture(scope="module")
-def ray_here():
-    """A Ray of this machine with two workers."""
-    ray = pytest.importorskip("ray")
+def ray_here(s3):
+    """A Ray of this machine with two workers, which inherit the S3 server's settings."""
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder, pytest.MonkeyPatch.context() as patch:
-        for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}.items():  # none of it in the home folder
-            patch.setenv(name, value)
-        from bloodnb.clusters import _connected, _quick_imports
-
-        with _quick_imports(), _connected(None, {"num_cpus": 2, "_temp_dir": folder}):
+        for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}.items():
+            patch.setenv(name, value)  # before the import, which reads them; without a token here, Ray writes one into the home folder
+        ray = pytest.importorskip("ray")
+        with _connected(None, {"num_cpus": 2, "_temp_dir": folder}):
             yield ray
     assert not [process.pid for process in psutil.Process().children(recursive=True) if "raylet" in process.name()], "Ray left processes"
 
@@ -209,8 +212,8 @@ def worker_of(process: int) -> psutil.Process:
 
 
 def test_a_killed_worker_costs_no_run(ray_here, tmp_path):
-    """Four runs on two workers, one of which is killed at work: its run is done again, none twice, none lost."""
-    file = write_batch(tmp_path, str(tmp_path / "results"), [1, 4, 9, 16], seconds=2.0)
+    """Three runs on two workers, one of which is killed at work: its run is done again, none twice, none lost."""
+    file = write_batch(tmp_path, str(tmp_path / "results"), [1, 4, 9], seconds=2.0)
     ended, killed = [], []
 
     class Watched(RayRunner):
@@ -226,25 +229,25 @@ def test_a_killed_worker_costs_no_run(ray_here, tmp_path):
             return super().run(tasks, start, lambda outcome: (ended.append(outcome), on_end(outcome)))
 
     outcomes = run_batch(read_batch(file), Watched())
-    assert [outcome.state for outcome in outcomes] == ["done"] * 4 and [outcome.attempts for outcome in outcomes] == [2, 1, 1, 1]
+    assert [outcome.state for outcome in outcomes] == ["done"] * 3 and [outcome.attempts for outcome in outcomes] == [2, 1, 1]
     assert sorted(outcome.id for outcome in ended) == sorted(outcome.id for outcome in outcomes), "an outcome was told twice, or never"
     began, whole = [number for number, _ in journal(tmp_path, "began")], [number for number, _ in journal(tmp_path, "ended")]
-    assert sorted(whole) == [1, 4, 9, 16] and sorted(began) == [1, 1, 4, 9, 16]
-    assert len(list_runs(tmp_path / "results")) == 4 and f":{killed[0].pid}" not in outcomes[0].worker
+    assert sorted(whole) == [1, 4, 9] and sorted(began) == [1, 1, 4, 9]
+    assert len(list_runs(tmp_path / "results")) == 3 and f":{killed[0].pid}" not in outcomes[0].worker
     assert not [path.name for path in (tmp_path / "results").iterdir() if path.name.startswith(".probe")]
     again = run_batch(read_batch(file), RayRunner())
-    assert [outcome.attempts for outcome in again] == [0] * 4 and len(journal(tmp_path, "began")) == 5
+    assert [outcome.attempts for outcome in again] == [0] * 3 and len(journal(tmp_path, "began")) == 4
 
 
 def test_ray_and_s3_together(ray_here, s3, tmp_path, monkeypatch):
-    """Results of Ray's workers on S3, from a notebook that their machine does not have; a failed run does not stop the rest."""
+    """Results of Ray's workers on S3, the second from a notebook that is gone by then; a failed run does not stop the rest."""
+    monkeypatch.setenv("BLOODNB_CACHE", str(tmp_path / "cache"))
     file = write_batch(tmp_path, "s3://results/ray", [-1, 4])
     batch = read_batch(file)
 
     class Gone(RayRunner):
         def run(self, tasks, on_start, on_end):
-            dispatch = super().run
-            return dispatch(tasks, lambda task: (tmp_path / "root.ipynb").unlink(missing_ok=True), on_end)
+            return super().run(tasks, on_start, lambda outcome: ((tmp_path / "root.ipynb").unlink(missing_ok=True), on_end(outcome)))
 
     outcomes = run_batch(batch, Gone(jobs=1))
     assert [outcome.state for outcome in outcomes] == ["failed", "done"] and "-1 has no root" in outcomes[0].error
@@ -262,7 +265,7 @@ def test_what_the_cluster_does_not_have_is_refused(ray_here, tmp_path):
 
 def test_ctrl_c_stops_the_runs_on_ray(ray_here, tmp_path):
     """An interrupt ends what is at work, notebooks included, and goes on to the caller."""
-    file = write_batch(tmp_path, str(tmp_path / "results"), [1, 4, 9], seconds=100.0)
+    file = write_batch(tmp_path, str(tmp_path / "results"), [1, 4], seconds=100.0)
 
     class Interrupted(RayRunner):
         def run(self, tasks, on_start, on_end):
@@ -277,12 +280,3 @@ def test_ctrl_c_stops_the_runs_on_ray(ray_here, tmp_path):
     kernels = [process for _, process in journal(tmp_path, "began")]
     until(lambda: not any(psutil.pid_exists(process) for process in kernels), 20)
     assert len(list_runs(tmp_path / "results")) == 0 and not journal(tmp_path, "ended")
-
-
-def test_no_cluster_at_the_address(tmp_path):
-    """An address where nothing listens is an error that names it, in a process of its own, since Ray waits for it."""
-    pytest.importorskip("ray")
-    code = "from bloodnb.clusters import RayRunner; from bloodnb.workers import Task; RayRunner(address='127.0.0.1:9').run([Task('a', 'b', 'c')])"
-    environment = job_environment({"RAY_gcs_server_request_timeout_seconds": "2", "RAY_gcs_rpc_server_reconnect_timeout_s": "2", "RAY_AUTH_MODE": "disabled"})
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 1 and "ConnectionError: the Ray cluster at 127.0.0.1:9 cannot be reached" in run.stderr
