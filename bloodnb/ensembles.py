@@ -448,7 +448,7 @@ class DenseStack:
 
     def combine(self, y_prob: np.ndarray) -> np.ndarray:
         """Probabilities (n, n_classes) from those of the members (n_members, n, n_classes)."""
-        _check_stack(y_prob, self.model.input.shape[1] // self.model.output.shape[1])
+        _check_stack(y_prob, self.model.inputs[0].shape[1] // self.model.output.shape[1])
         import keras
 
         return keras.ops.convert_to_numpy(self.model(_side_by_side(y_prob).astype(np.float32), training=False)).astype(float)

@@ -607,8 +607,6 @@ def check_machine(data: str | None = None, weights: str | None = None, output: s
     output : path, optional
         Where runs are to go; by default `runs_folder()`.
     """
-    from functools import partial
-
     folder, machine = output or runs_folder(), this_machine()
     named = {"kaggle": "Kaggle", "colab": "Colab", "other": f"{platform.system()}, {platform.machine()}"}[machine.kind]
     cores, backend = cpu_cores(), ask_backend()
@@ -616,14 +614,14 @@ def check_machine(data: str | None = None, weights: str | None = None, output: s
     asked: dict[str, Callable[[], Check]] = {
         "Python": lambda: check_python(requirements()[0]),
         "packages": lambda: check_packages(requirements()[1]),
-        "backend": partial(check_backend, backend),
+        "backend": lambda: check_backend(backend),
         "device": lambda: check_device(backend, nvidia_driver(), cores),
         "memory": check_memory,
-        "CPU cores": partial(check_cores, cores),
+        "CPU cores": lambda: check_cores(cores),
         "disk": lambda: check_disk(free_disk({_short(folder): folder, "the cache": cache})),
-        "weights": partial(check_weights, weights),
-        "data": partial(check_data, data),
-        "output": partial(check_output, folder),
+        "weights": lambda: check_weights(weights, unreachable),
+        "data": lambda: check_data(data, unreachable),
+        "output": lambda: check_output(folder),
         "kernel": check_kernel,
     }
     return [Check("machine", "ok", named), *(run_check(name, check) for name, check in asked.items())]

@@ -185,7 +185,7 @@ def plain_network(model: keras.Model) -> PlainNetwork:
     RuntimeError
         If the list gives other probabilities.
     """
-    network = PlainNetwork(tuple(map(int, model.input.shape[1:])), [], [])
+    network = PlainNetwork(tuple(map(int, model.inputs[0].shape[1:])), [], [])
     if _add_model(model, 0, network) != len(network.steps):
         raise ValueError(f"the last layer of {model.name} is not its output; wanted a model of bloodnb.models.classifier.")
     given = probe_inputs(network.shape).astype(np.float32)
@@ -244,7 +244,7 @@ class TrainedModel:
     @property
     def image_size(self) -> int:
         """Side of the pictures that it learned from, in pixels."""
-        return int(self.model.input.shape[1])
+        return int(self.model.inputs[0].shape[1])
 
 def check_choice(kind: str, name: str, names: Sequence[str]) -> None:
     """Refuse a name that is not among `names`; ValueError with the nearest ones."""
@@ -322,7 +322,7 @@ def _npz(arrays: dict[str, np.ndarray]) -> bytes:
 
 def _network_files(model: keras.Model, stem: str, engine: str, extra: dict[str, np.ndarray]) -> tuple[dict, dict[str, bytes]]:
     "What settings.json says of a network, and its files: the network, its weights (with extra arrays), and what it says of two inputs."
-    network, probe = plain_network(model), probe_inputs(tuple(model.input.shape[1:]))
+    network, probe = plain_network(model), probe_inputs(tuple(model.inputs[0].shape[1:]))
     arrays = {"probe": probe, "probe_y_prob": keras.ops.convert_to_numpy(model(probe.astype(np.float32), training=False)).astype(np.float32), **extra}
     if engine == "onnx":
         name, content = f"{stem}.onnx", onnx_bytes(network)
