@@ -860,7 +860,7 @@ class TrialTraining:
 _MARKS = {"complete": ("o", "C0"), "pruned": ("x", "0.6"), "fail": ("v", "C3")}
 
 def plot_search(table: pd.DataFrame, label: str = "value", direction: str = "maximize") -> Figure:
-    """The value of each trial in turn, with its interval where there is one, and the best so far.
+    """The value of each trial in turn, with its interval where there is one, and the best so far; pruned ones at their last epoch's, or at the edge.
 
     Parameters
     ----------
@@ -869,20 +869,28 @@ def plot_search(table: pd.DataFrame, label: str = "value", direction: str = "max
     label : str
         What the value is.
     direction : {"maximize", "minimize"}
+
+    Raises
+    ------
+    ValueError
+        If no trial ran to its end.
     """
+    best_trial(table, direction)
     fig, ax = plt.subplots(figsize=(7, 3.2), layout="constrained")
     plt.close(fig)  # out of pyplot's hands, or a notebook would show it twice
     done = table[table["state"] == "complete"]
+    ends = pd.concat([done["value"], done["low"], done["high"]]).astype(float).dropna()
+    low, high = ends.min() - 0.08 * np.ptp(ends) - 1e-3, ends.max() + 0.08 * np.ptp(ends) + 1e-3
     if done["low"].notna().any():
         ax.vlines(done["trial"], done["low"], done["high"], color="C0", lw=1, alpha=0.35)
     for state, (mark, colour) in _MARKS.items():
         rows = table[table["state"] == state]
-        place = rows["value"].fillna(done["value"].min() if direction == "maximize" else done["value"].max())
+        place = rows["value"].fillna(low if direction == "maximize" else high).clip(low, high)
         if len(rows):
-            ax.plot(rows["trial"], place, mark, color=colour, ms=5, ls="", label={"complete": "trial", "pruned": "pruned", "fail": "failed"}[state])
-    best = done["value"].cummax() if direction == "maximize" else done["value"].cummin()
-    ax.step(done["trial"], best, where="post", color="C1", lw=1.5, label="best so far")
-    ax.set(xlabel="trial", ylabel=label, xlim=(-0.7, len(table) - 0.3))
+            ax.plot(rows["trial"], place, mark, color=colour, ms=5, ls="", clip_on=False, label={"complete": "trial", "pruned": "pruned", "fail": "failed"}[state])
+    best = table["value"].where(table["state"] == "complete").agg("cummax" if direction == "maximize" else "cummin").ffill()
+    ax.step(table["trial"], best, where="post", color="C1", lw=1.5, label="best so far")
+    ax.set(xlabel="trial", ylabel=label, xlim=(-0.7, len(table) - 0.3), ylim=(low, high))
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.grid(color="0.92")
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, frameon=False)
