@@ -18,7 +18,9 @@ from papermill import execute_notebook
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = {"train.ipynb": {"recipe": "demo"}, "evaluate.ipynb": {"run": "_runs/demo"}, "submit.ipynb": {"run": "_runs/demo"},
-        "ensemble.ipynb": {"runs": "_runs/*", "method": "log_pool"}}
+        "ensemble.ipynb": {"runs": "_runs/*", "method": "log_pool"},
+        "tune.ipynb": {"data": "drawn:n=900,seed=1", "backbone": "SiumGPT_CNN_0.5", "weights": "none", "image_size": 32, "head_epochs": 12, "head_batch_size": 64, "replicates": 0, "trials": 10,
+                       "space": "head_learning_rate=log:1e-4..1e-1;head_layers=1..2;head_units=16..128/16;head_bn=true|false;head_dropout=0..0.5/0.1"}}
 # Jobs that read what others left: those run first, in the same folder.
 TRAINED = [("train", {"recipe": "demo", "output": "_runs/demo"})]
 SMALL = {"data": "drawn:n=600,seed=1", "recipe": "demo", "image_size": 32, "epochs": 8}

@@ -29,6 +29,7 @@ import seaborn
 import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from .augmentation import with_strength
 from .balancing import balance
@@ -44,11 +45,12 @@ from .training import predict, train_classifier
 
 # %% auto #0
 __all__ = ['KINDS', 'SPACES', 'FIXED', 'POINTS', 'SAMPLERS', 'PRUNERS', 'OBJECTIVES', 'BEAT', 'PATIENCE', 'STUDY',
-           'TUNE_PARAMETERS', 'Dimension', 'Space', 'head_words', 'choices_of', 'searchable', 'parse_dimension',
-           'parse_space', 'check_space', 'grid_size', 'grid', 'Objective', 'SearchPlan', 'storage_url', 'Claims',
-           'trials_wanted', 'search', 'trial_table', 'best_trial', 'trial_line', 'Reporter', 'TrialTraining',
-           'plot_search', 'importances', 'plot_importances', 'plot_slices', 'tune_fields', 'values_of',
-           'best_parameters', 'train_command', 'write_best', 'check_search', 'search_metrics', 'keep_study']
+           'TUNE_PARAMETERS', 'Dimension', 'Space', 'space_table', 'head_words', 'choices_of', 'searchable',
+           'parse_dimension', 'parse_space', 'check_space', 'grid_size', 'grid', 'Objective', 'SearchPlan',
+           'storage_url', 'hidden', 'Claims', 'trials_wanted', 'search', 'trial_table', 'best_trial', 'leaders',
+           'trial_line', 'Reporter', 'TrialTraining', 'plot_search', 'importances', 'plot_importances', 'plot_slices',
+           'tune_fields', 'values_of', 'best_parameters', 'train_command', 'write_best', 'check_search',
+           'search_metrics', 'keep_study']
 
 # %% ../nbs/11_tuning.ipynb #716aed45
 KINDS = ("float", "int", "choice")
@@ -130,6 +132,17 @@ SPACES: dict[str, Space] = {
     "augmentation": Space((Dimension("augmentation", "choice", choices=("robust", "in_model", "machine_dumbening", "team_name_randaugment")),
                            _float("augmentation_strength", 0.0, 1.5, 0.25))),
 }
+
+# %% ../nbs/11_tuning.ipynb #ee6e37b6
+def space_table(space: Space) -> pd.DataFrame:
+    """A row per dimension: its values in words, and when it is there."""
+    def words(one: Dimension) -> str:
+        if one.kind == "choice":
+            return ", ".join(map(str, one.choices))
+        return f"{one.low:g} to {one.high:g}{', logarithmic' if one.log else ''}{f', in steps of {one.step:g}' if one.step else ''}"
+
+    rows = {one.name: {"values": words(one), "first": space.start.get(one.name, ""), "if": f"{one.when[0]} >= {one.when[1]}" if one.when else ""} for one in space.dimensions}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("dimension")
 
 # %% ../nbs/11_tuning.ipynb #933f5fdd
 _HEAD_PARTS = ("head_units", "head_bn", "head_dropout")
@@ -411,7 +424,8 @@ class SearchPlan:
 def _optuna():
     "Optuna, quiet."
     try:
-        import optuna
+        with warnings.catch_warnings(action="ignore"):  # its progress bar misses widgets that nobody wants here
+            import optuna
     except ImportError as error:
         raise ImportError(f"Optuna is not installed ({error}). Remedy: pip install \"bloodnb[tune]\".") from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -465,16 +479,16 @@ def storage_url(storage: str | Path) -> str:
     try:
         sqlalchemy.create_engine(url).dispose()
     except (sqlalchemy.exc.ArgumentError, ImportError, ValueError) as error:  # NoSuchModuleError is an ArgumentError
-        raise ValueError(f"storage is {_hidden(text)!r}: {str(error).splitlines()[0]}. Wanted the path of a file, or a URL such as sqlite:///study.db or "
+        raise ValueError(f"storage is {hidden(text)!r}: {str(error).splitlines()[0]}. Wanted the path of a file, or a URL such as sqlite:///study.db or "
                          "postgresql+psycopg2://user:password@host/database, with its driver installed.") from None
     path = sqlalchemy.make_url(url).database
     if url.startswith("sqlite") and path and not Path(path).parent.is_dir():
         raise ValueError(f"storage is {text!r}: there is no folder {Path(path).parent}. Wanted a file in a folder that is there.")
     return url
 
-def _hidden(url: str) -> str:
-    "An address without its password."
-    head, at, tail = url.rpartition("@")
+def hidden(url: str | Path) -> str:
+    """A database's address without its user and password."""
+    head, at, tail = (url := str(url)).rpartition("@")
     return f"{head.split('://')[0]}://***@{tail}" if at else url
 
 def _engine_choices(url: str) -> dict[str, Any]:
@@ -596,7 +610,7 @@ def _open_study(url: str, name: str, plan: SearchPlan, space: Space, epochs: int
     if found is None:
         study.set_user_attr("settings", wanted)
     elif found != wanted:
-        raise ValueError(f"the study {name} in {_hidden(url)} was begun with other settings: {'; '.join(_differences(found, wanted))[:1500]}. "
+        raise ValueError(f"the study {name} in {hidden(url)} was begun with other settings: {'; '.join(_differences(found, wanted))[:1500]}. "
                          "Wanted the same, except for trials. Remedy: those settings; or a study of its own, by another -p study, -p storage or -p output.")
     return study, storage
 
@@ -733,7 +747,7 @@ def trial_table(trials: Sequence, space: Space) -> pd.DataFrame:
         values |= {one.name: round(values[one.name], 10) for one in space.dimensions if one.kind == "float" and one.step and values[one.name] is not None}
         rows.append({"trial": trial.number, "state": trial.state.name.lower(), "value": value, **{key: facts.get(key) for key in _FACTS}, **pruned, **values,
                      "seconds": facts.get("seconds"), "error": facts.get("error", "")})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).astype({one.name: "Int64" for one in space.dimensions if one.kind == "int"})
 
 def best_trial(table: pd.DataFrame, direction: str = "maximize") -> pd.Series:
     """The row of the best trial that ran to its end (the first of equals); ValueError if there is none."""
@@ -741,6 +755,14 @@ def best_trial(table: pd.DataFrame, direction: str = "maximize") -> pd.Series:
     if len(done) == 0:
         raise ValueError(f"none of {len(table)} trials ran to its end: {', '.join(sorted(set(table['state'])))}. Remedy: more trials, or -p pruner none.")
     return done.loc[done["value"].idxmax() if direction == "maximize" else done["value"].idxmin()]
+
+def leaders(table: pd.DataFrame, direction: str = "maximize", n: int = 5) -> pd.DataFrame:
+    """The best n trials that ran to their end, best first, rounded to show."""
+    done = table[table["state"] == "complete"].drop(columns=["state", "error", "n", "seconds"])
+    return done.sort_values("value", ascending=direction == "minimize", kind="stable").head(n).set_index("trial").astype(object).map(_shown)
+
+def _shown(value: Any) -> Any:
+    return "" if pd.isna(value) else float(f"{value:.4g}") if isinstance(value, float) else value
 
 def trial_line(table: pd.DataFrame, number: int, direction: str) -> str:
     """What came of a trial, in a line."""
@@ -838,7 +860,7 @@ class TrialTraining:
 _MARKS = {"complete": ("o", "C0"), "pruned": ("x", "0.6"), "fail": ("v", "C3")}
 
 def plot_search(table: pd.DataFrame, label: str = "value", direction: str = "maximize") -> Figure:
-    """The value of each trial in turn, with its interval where there is one, and the best so far.
+    """The value of each trial in turn, with its interval where there is one, and the best so far; pruned ones at their last epoch's, or at the edge.
 
     Parameters
     ----------
@@ -847,20 +869,28 @@ def plot_search(table: pd.DataFrame, label: str = "value", direction: str = "max
     label : str
         What the value is.
     direction : {"maximize", "minimize"}
+
+    Raises
+    ------
+    ValueError
+        If no trial ran to its end.
     """
+    best_trial(table, direction)
     fig, ax = plt.subplots(figsize=(7, 3.2), layout="constrained")
     plt.close(fig)  # out of pyplot's hands, or a notebook would show it twice
     done = table[table["state"] == "complete"]
+    ends = pd.concat([done["value"], done["low"], done["high"]]).astype(float).dropna()
+    low, high = ends.min() - 0.08 * np.ptp(ends) - 1e-3, ends.max() + 0.08 * np.ptp(ends) + 1e-3
     if done["low"].notna().any():
         ax.vlines(done["trial"], done["low"], done["high"], color="C0", lw=1, alpha=0.35)
     for state, (mark, colour) in _MARKS.items():
         rows = table[table["state"] == state]
-        place = rows["value"].fillna(done["value"].min() if direction == "maximize" else done["value"].max())
+        place = rows["value"].fillna(low if direction == "maximize" else high).clip(low, high)
         if len(rows):
-            ax.plot(rows["trial"], place, mark, color=colour, ms=5, ls="", label={"complete": "trial", "pruned": "pruned", "fail": "failed"}[state])
-    best = done["value"].cummax() if direction == "maximize" else done["value"].cummin()
-    ax.step(done["trial"], best, where="post", color="C1", lw=1.5, label="best so far")
-    ax.set(xlabel="trial", ylabel=label, xlim=(-0.7, len(table) - 0.3))
+            ax.plot(rows["trial"], place, mark, color=colour, ms=5, ls="", clip_on=False, label={"complete": "trial", "pruned": "pruned", "fail": "failed"}[state])
+    best = table["value"].where(table["state"] == "complete").agg("cummax" if direction == "maximize" else "cummin").ffill()
+    ax.step(table["trial"], best, where="post", color="C1", lw=1.5, label="best so far")
+    ax.set(xlabel="trial", ylabel=label, xlim=(-0.7, len(table) - 0.3), ylim=(low, high))
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.grid(color="0.92")
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, frameon=False)
@@ -920,13 +950,17 @@ def _slice(ax: Axes, table: pd.DataFrame, one: Dimension):
         ax.set_xlim(-0.5, len(places) - 0.5)
     else:
         x = rows[one.name].to_numpy(float)
-        if one.log:
-            ax.set_xscale("log")
+        ax.set_xscale("log" if one.log else "linear")
+        room = 0 if one.log else 0.06 * (one.high - one.low)
+        ax.set_xlim(one.low / 1.3 if one.log else one.low - room, one.high * 1.3 if one.log else one.high + room)
+        if one.kind == "int" and not one.log:
+            ax.xaxis.get_major_locator().set_params(integer=True)
     done = (rows["state"] == "complete").to_numpy()
     limits = dict(vmin=0, vmax=max(int(table["trial"].max()), 1), cmap="viridis")
     ax.scatter(x[~done], rows["value"][~done], c=rows["trial"][~done], marker="x", s=16, lw=1, alpha=0.6, **limits)
     ax.set_title(one.name.replace("_", " "), fontsize=9)
     ax.grid(color="0.92")
+    ax.set_axisbelow(True)
     ax.tick_params(labelsize=7)
     return ax.scatter(x[done], rows["value"][done], c=rows["trial"][done], s=16, **limits)
 
@@ -943,7 +977,7 @@ def plot_slices(table: pd.DataFrame, space: Space, label: str = "value") -> Figu
         else:
             dots = _slice(ax, table, one)
     fig.supylabel(label, fontsize=9)
-    fig.colorbar(dots, ax=axes, label="trial", shrink=0.8, aspect=30)
+    fig.colorbar(dots, ax=axes, label="trial", shrink=0.8, aspect=30, ticks=MaxNLocator(integer=True))
     return fig
 
 # %% ../nbs/11_tuning.ipynb #63fa22b7

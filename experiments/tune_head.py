@@ -53,7 +53,7 @@ def main(data: str, weights: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     table = tuning.search(measure, space, PLAN, folder / "study.db", epochs=recipe.head_epochs, settings={"data_sha256": sha256(cells)},
                           show=lambda line: print(line, flush=True))
-    table.round(6).to_csv(ROOT / "experiments" / "tune_head.csv", index=False)
+    table.to_csv(ROOT / "experiments" / "tune_head.csv", index=False, float_format="%.6g")
     best, team = tuning.best_trial(table), table.iloc[0]
     facts = {"plan": asdict(PLAN), "recipe": RECIPE, "seed": recipe.seed, "data": Path(data).name, "data_sha256": sha256(cells), "n_train": len(parts.train), "n_val": len(parts.val),
              **{name: {"trial": int(row["trial"]), "choices": tuning.choices_of(tuning.values_of(row, space), recipe), "value": float(row["value"]), "interval": [row["low"], row["high"]],
