@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import bloodnb
+from .machines import add_doctor, add_kaggle
 
 # %% auto #0
 __all__ = ['add_batch', 'batch_command', 'add_runs', 'runs_command', 'build_parser', 'main']
@@ -85,10 +86,6 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_batch(subparsers)
     add_runs(subparsers)
-    try:
-        from bloodnb.machines import add_doctor, add_kaggle
-    except ImportError:
-        return parser
     add_doctor(subparsers)
     add_kaggle(subparsers)
     return parser

@@ -37,8 +37,7 @@ __all__ = ['GIB', 'WEIGHTS_HOST', 'DATA_HOST', 'Machine', 'this_machine', 'runs_
            'describe_backend', 'ask_backend', 'check_backend', 'nvidia_driver', 'check_device', 'memory_limit',
            'cpu_cores', 'check_memory', 'check_cores', 'free_disk', 'check_disk', 'unreachable', 'keras_weights',
            'check_weights', 'check_data', 'check_output', 'kernel_command', 'check_kernel', 'check_machine', 'doctor',
-           'find_job', 'job_parameters', 'parse_value', 'check_job', 'kernel_metadata', 'with_parameters',
-           'write_kaggle', 'add_doctor', 'add_kaggle']
+           'parse_value', 'check_job', 'kernel_metadata', 'with_parameters', 'write_kaggle', 'add_doctor', 'add_kaggle']
 
 # %% ../nbs/12_machines.ipynb #293c939d
 @dataclass(frozen=True)
@@ -640,35 +639,9 @@ def doctor(data: str | None = None, weights: str | None = None, as_json: bool = 
     return int(any(check.state == "problem" for check in checks))
 
 # %% ../nbs/12_machines.ipynb #73f7b6d5
-def find_job(job: str) -> Path:
-    """The notebook of a job: by name ("train") in the checkout, or in `nbs` or the current folder; or by its path.
-
-    Raises
-    ------
-    FileNotFoundError
-        With the jobs that there are.
-    """
-    from bloodnb.data import unknown_name
-
-    if job.endswith(".ipynb") and Path(job).is_file():
-        return Path(job)
-    folders = [_CHECKOUT / "nbs", Path("nbs"), Path(".")]
-    for folder in folders:
-        if (folder / f"{job}.ipynb").is_file() and re.match(r"[a-z]", job):
-            return folder / f"{job}.ipynb"
-    there = sorted({path.stem for folder in folders for path in folder.glob("[a-z]*.ipynb")})
-    raise FileNotFoundError(f"{unknown_name('job', job, there)} Job notebooks are part of the repository: work in a clone, or give the notebook's path.")
-
 def _parameters_cell(notebook: Mapping[str, Any]) -> int:
     "Where the cell with the tag `parameters` stands."
     return next(at for at, cell in enumerate(notebook["cells"]) if "parameters" in cell["metadata"].get("tags", []))
-
-def job_parameters(job: str | Path) -> dict[str, Any]:
-    """The parameters of a job with their defaults; errors as `find_job`."""
-    notebook = json.loads(find_job(str(job)).read_text(encoding="utf-8"))
-    body = ast.parse("".join(notebook["cells"][_parameters_cell(notebook)]["source"])).body
-    values = {node.targets[0].id: ast.literal_eval(node.value) for node in body if isinstance(node, ast.Assign)}
-    return {name: value for name, value in values.items() if not name.startswith("PAPERMILL_")}
 
 def parse_value(text: str) -> Any:
     """What papermill makes of a value on the command line: True, False, None, a number, or the text itself."""
@@ -708,9 +681,10 @@ def check_job(job: str, parameters: Mapping[str, Any]) -> None:
     ValueError
         With the nearest names, or what was wanted.
     """
+    from bloodnb.batches import find_job, job_parameters
     from bloodnb.data import unknown_name
 
-    known = job_parameters(job)
+    known = job_parameters(find_job(job))
     for name, value in parameters.items():
         if name not in known:
             raise ValueError(unknown_name("parameter", name, known))
@@ -822,6 +796,8 @@ def write_kaggle(output: str | Path, parameters: Mapping[str, Any] | None = None
     ValueError, FileNotFoundError, FileExistsError
         If something cannot be meant or would be lost. Then nothing is written.
     """
+    from bloodnb.batches import find_job
+
     path, parameters = find_job(job), dict(parameters or {})
     if datasets and path.stem in ("train", "clean"):
         parameters.setdefault("data", "find:")
@@ -834,12 +810,12 @@ def write_kaggle(output: str | Path, parameters: Mapping[str, Any] | None = None
 
 # %% ../nbs/12_machines.ipynb #6b879bb7
 def add_doctor(subparsers: Any) -> None:
-    """Add the command `doctor` to what `ArgumentParser.add_subparsers` gives; `args.run(args)` is its exit code."""
+    """Add the command `doctor` to what `ArgumentParser.add_subparsers` gives; `args.function(args)` is its exit code."""
     parser = subparsers.add_parser("doctor", help="what this machine lacks for a run, and what helps", description=doctor.__doc__)
     parser.add_argument("--data", help="what a run is to read, as for the training job")
     parser.add_argument("--weights", help="a file ..._no_top.h5, imagenet or none")
     parser.add_argument("--json", action="store_true", help="JSON instead of text")
-    parser.set_defaults(run=lambda args: doctor(args.data, args.weights, args.json))
+    parser.set_defaults(function=lambda args: doctor(args.data, args.weights, args.json))
 
 def add_kaggle(subparsers: Any) -> None:
     """Add the command `kaggle`, likewise."""
@@ -854,7 +830,7 @@ def add_kaggle(subparsers: Any) -> None:
     parser.add_argument("--accelerator", default="NvidiaTeslaT4", help="which one: Kaggle's machine_shape (default: %(default)s)")
     parser.add_argument("--output", required=True, help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace what this command wrote there before")
-    parser.set_defaults(run=_run_kaggle)
+    parser.set_defaults(function=_run_kaggle)
 
 def _run_kaggle(args: argparse.Namespace) -> int:
     given = {name: getattr(args, name) for name in ("job", "username", "slug", "datasets", "kernels", "competitions", "models", "gpu", "accelerator", "overwrite")}

@@ -36,7 +36,7 @@ def command(*words: str) -> int:
     commands = parser.add_subparsers(required=True)
     machines.add_doctor(commands), machines.add_kaggle(commands)
     args = parser.parse_args(words)
-    return args.run(args)
+    return args.function(args)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def test_doctor_without_a_network(well, capsys, monkeypatch):
 
 def test_doctor_as_text_of_this_machine():
     """The whole of it, TensorFlow included, in a process of its own: what is printed, and that it ends."""
-    code = "import argparse, sys; from bloodnb import machines; p = argparse.ArgumentParser(); machines.add_doctor(p.add_subparsers()); a = p.parse_args(sys.argv[1:]); sys.exit(a.run(a))"
+    code = "import argparse, sys; from bloodnb import machines; p = argparse.ArgumentParser(); machines.add_doctor(p.add_subparsers()); a = p.parse_args(sys.argv[1:]); sys.exit(a.function(a))"
     run = subprocess.run([sys.executable, "-c", code, "doctor", "--weights", "nothing.h5"], env=jobs.job_environment(jobs.NO_NETWORK), capture_output=True, text=True, timeout=300)
     assert run.returncode == 1, run.stderr
     assert re.search(r"^problem  weights +there is no file nothing.h5\n +remedy: -p weights", run.stdout, re.M), run.stdout
