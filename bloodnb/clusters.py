@@ -29,9 +29,9 @@ from .data import PARTS, cache_folder
 from .workers import Outcome, Task, carry_out
 
 # %% auto #0
-__all__ = ['BEAT', 'STALE', 'INPUTS', 'open_address', 'Address', 'WritableAddress', 'publish_run', 'RemoteStore',
-           'read_run_record', 'hold_object', 'fetch_input', 'fetch_inputs', 'work', 'check_resources', 'RayRunner',
-           'runtime_environment']
+__all__ = ['BEAT', 'STALE', 'INPUTS', 'open_address', 'Address', 'WritableAddress', 'publish_run', 'read_run_record',
+           'RemoteRuns', 'RemoteStore', 'hold_object', 'fetch_input', 'fetch_inputs', 'work', 'check_resources',
+           'RayRunner', 'runtime_environment']
 
 # %% ../nbs/10_clusters.ipynb #f3056717
 _EXTRAS = {"s3": "bloodnb[s3]", "s3a": "bloodnb[s3]", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
@@ -73,6 +73,7 @@ def _named(url: str, what: str) -> Iterator[None]:
         raise OSError(f"{url} could not be {what} ({reason}). Wanted a bucket that exists, and leave to read and write in it. "
                       "Remedy: look at the address, the credentials and the endpoint (for s3://: AWS_PROFILE or AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL).") from error
 
+# %% ../nbs/10_clusters.ipynb #4d19f17c
 class Address:
     """Objects under an address, by names relative to it.
 
@@ -196,8 +197,45 @@ def _check_sizes(address: Address, sent: dict[str, int], there: dict[str, int]) 
     if wrong:
         raise OSError(f"{address.url} does not hold what was uploaded to it ({'; '.join(wrong[:3])}). Remedy: run the batch again; the upload alone is repeated.")
 
-# %% ../nbs/10_clusters.ipynb #4015812c
-class RemoteStore(WritableAddress):
+# %% ../nbs/10_clusters.ipynb #52cadc1c
+def read_run_record(contents: dict[str, bytes], id: str) -> dict[str, Any]:
+    """A run's record from the contents of its objects; ValueError if there is none."""
+    record = {name: json.loads(contents.get(f"{id}/{name}.json", b"")) for name in ("run", "metrics")}
+    for name, value in record.items():
+        if not isinstance(value, dict):
+            raise ValueError(f"{id}/{name}.json holds no JSON object")
+    return record
+
+def _record_or_problem(contents: dict[str, bytes], id: str) -> dict[str, Any] | str:
+    try:
+        return read_run_record(contents, id)
+    except ValueError as error:
+        return f"{type(error).__name__}: {error}"
+
+# %% ../nbs/10_clusters.ipynb #92ae131f
+class RemoteRuns(WritableAddress):
+    """Runs under an address: ID/... for each finished one. What a `RemoteStore` knows of them."""
+
+    def is_finished(self, id: str) -> bool:
+        """Whether the run is there, whole."""
+        return self.exists(f"{id}/{_LAST}")
+
+    def finished(self) -> set[str]:
+        """The ids of all finished runs, from one listing."""
+        return {name.split("/")[0] for name in self.listing() if name.count("/") == 1 and name.endswith(f"/{_LAST}")}
+
+    def read_record(self, id: str) -> dict[str, Any]:
+        """`{"run": ..., "metrics": ...}`: `run.json` and `metrics.json` of a finished run; OSError or ValueError if they cannot be read."""
+        return read_run_record(self.read(*(f"{id}/{name}.json" for name in ("run", "metrics"))), id)
+
+    def records(self) -> list[tuple[str, dict[str, Any] | str]]:
+        """Id and record of every finished run, or what is wrong with it; the store is asked for all of them side by side."""
+        ids = sorted(self.finished())
+        contents = self.read(*(f"{id}/{name}.json" for id in ids for name in ("run", "metrics")), missing=True) if ids else {}
+        return [(id, _record_or_problem(contents, id)) for id in ids]
+
+# %% ../nbs/10_clusters.ipynb #5761a37d
+class RemoteStore(RemoteRuns):
     """Results of a batch under any address that fsspec opens: ID/... for each finished run, logs/ID.ipynb for each executed notebook.
 
     It has the methods of `bloodnb.workers.LocalStore`.
@@ -209,24 +247,11 @@ class RemoteStore(WritableAddress):
     local : path, optional
         Where runs are written before they are uploaded. By default a folder in `bloodnb.data.cache_folder`, the same one for the same
         address, so that a run that broke off on this machine goes on there from its checkpoint.
-
-    Raises
-    ------
-    ImportError, ValueError
-        As `open_address`.
     """
 
     def __init__(self, url: str, local: str | Path | None = None):
         super().__init__(url)
         self.local = Path(local) if local else cache_folder() / "stores" / hashlib.sha256(self.url.encode()).hexdigest()[:16]
-
-    def is_finished(self, id: str) -> bool:
-        """Whether the run is there, whole."""
-        return self.exists(f"{id}/{_LAST}")
-
-    def finished(self) -> set[str]:
-        """The ids of all finished runs, from one listing."""
-        return {name.split("/")[0] for name in self.listing() if name.count("/") == 1 and name.endswith(f"/{_LAST}")}
 
     def workspace(self, id: str) -> Path:
         """The folder of this machine that the job shall leave (its parameter `output`)."""
@@ -248,34 +273,9 @@ class RemoteStore(WritableAddress):
         if self.notebook_path(id).is_file():
             self.upload(f"logs/{id}.ipynb", self.notebook_path(id))
 
-    def read_record(self, id: str) -> dict[str, Any]:
-        """`{"run": ..., "metrics": ...}`: `run.json` and `metrics.json` of a finished run; OSError or ValueError if they cannot be read."""
-        return read_run_record(self.read(*(f"{id}/{name}.json" for name in ("run", "metrics"))), id)
-
-    def records(self) -> list[tuple[str, dict[str, Any] | str]]:
-        """Id and record of every finished run, or what is wrong with it; the store is asked for all of them side by side."""
-        ids = sorted(self.finished())
-        contents = self.read(*(f"{id}/{name}.json" for id in ids for name in ("run", "metrics")), missing=True) if ids else {}
-        return [(id, _record_or_problem(contents, id)) for id in ids]
-
     def lock(self) -> contextlib.AbstractContextManager[None]:
         """Keep other batches out while the context lasts, as far as an object store allows; see `hold_object`."""
         return hold_object(self, "batch.lock")
-
-# %% ../nbs/10_clusters.ipynb #52cadc1c
-def read_run_record(contents: dict[str, bytes], id: str) -> dict[str, Any]:
-    """A run's record from the contents of its objects; ValueError if there is none."""
-    record = {name: json.loads(contents.get(f"{id}/{name}.json", b"")) for name in ("run", "metrics")}
-    for name, value in record.items():
-        if not isinstance(value, dict):
-            raise ValueError(f"{id}/{name}.json holds no JSON object")
-    return record
-
-def _record_or_problem(contents: dict[str, bytes], id: str) -> dict[str, Any] | str:
-    try:
-        return read_run_record(contents, id)
-    except ValueError as error:
-        return f"{type(error).__name__}: {error}"
 
 # %% ../nbs/10_clusters.ipynb #ae7dc269
 BEAT, STALE = 60.0, 600.0  # seconds between two signs of life, and without one before a lock counts as left behind
@@ -343,6 +343,7 @@ def hold_object(address: WritableAddress, name: str, beat: float = BEAT, stale: 
         if _read_sign(address, name).get("owner") == owner:
             address.remove(name)
 
+# %% ../nbs/10_clusters.ipynb #1aa8123a
 def _take_over(address: WritableAddress, name: str, owner: str, stale: float, settle: float) -> None:
     sign = _read_sign(address, name)
     if not _is_left_behind(sign, stale):
@@ -394,6 +395,7 @@ def fetch_input(url: str) -> Path:
         _fetch(filesystem, path, url, target, entry["size"])
     return target
 
+# %% ../nbs/10_clusters.ipynb #ba04a6b0
 def _fetch(filesystem: Any, path: str, url: str, target: Path, size: int) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f"{target.name}.part-{os.getpid()}-{threading.get_ident()}")
@@ -440,6 +442,7 @@ def _with_notebook(task: Task, text: str) -> Task:
     os.replace(file.name, target)
     return replace(task, notebook=str(target))
 
+# %% ../nbs/10_clusters.ipynb #abd3f3c7
 def work(sent: dict[str, Any], notebook: str, probe: str = "") -> Iterator[dict[str, Any]]:
     """What runs on a Ray worker: first it says where it is, at the end what became of the task.
 
@@ -492,6 +495,14 @@ def check_resources(tasks: Sequence[Task], nodes: Sequence[dict[str, float]]) ->
                          "Remedy: a smaller num_cpus or num_gpus in the batch's file, or a cluster with such a machine.")
 
 # %% ../nbs/10_clusters.ipynb #c2724b01
+def _check_runner(address: str | None, jobs: int | None) -> None:
+    if jobs is not None and (isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1):
+        raise ValueError(f"jobs is {jobs!r}; wanted a whole number of at least 1, or None for as many runs as the cluster holds.")
+    if address and address.startswith("ray://"):
+        raise ValueError(f"address {address} is one for Ray's client, which cannot bring what runs say. "
+                         'Wanted "auto" or HOST:6379. Remedy: start the batch on a machine of the cluster, such as its head.')
+
+# %% ../nbs/10_clusters.ipynb #e7f59df5
 class RayRunner:
     """Carry out tasks on a Ray cluster: a runner for `bloodnb.batches.run_batch`.
 
@@ -509,32 +520,20 @@ class RayRunner:
     """
 
     def __init__(self, address: str | None = None, jobs: int | None = None, losses: int = 3, **options: Any):
-        if jobs is not None and (isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1):
-            raise ValueError(f"jobs is {jobs!r}; wanted a whole number of at least 1, or None for as many runs as the cluster holds.")
         self.address = address or os.environ.get("RAY_ADDRESS") or None
-        if self.address and self.address.startswith("ray://"):
-            raise ValueError(f"address {self.address} is one for Ray's client, which cannot bring what runs say. "
-                             'Wanted "auto" or HOST:6379. Remedy: start the batch on a machine of the cluster, such as its head.')
+        _check_runner(self.address, jobs)
         self.jobs, self.losses, self.options = jobs, losses, options
 
     def run(self, tasks: Sequence[Task], on_start: Callable[[Task], Any] = lambda task: None,
             on_end: Callable[[Outcome], Any] = lambda outcome: None) -> list[Outcome]:
         """Carry out all tasks, and give back an outcome for each, in their order.
 
-        Parameters
-        ----------
-        tasks : sequence of Task
-        on_start : callable
-            Called with a task when a worker begins with it (again, if a worker was lost).
-        on_end : callable
-            Called with each outcome, once for each task.
+        `on_start` is called with a task when a worker begins with it (again, if a worker was lost), `on_end` with each outcome, once.
 
         Raises
         ------
-        ImportError
-            If Ray is not installed.
-        ConnectionError
-            If the cluster cannot be reached, or no Ray can be started here.
+        ImportError, ConnectionError
+            If Ray is not installed, or the cluster cannot be reached, or no Ray can be started here.
         ValueError
             If a task wants more than the cluster has; see `check_resources`.
         """
@@ -544,7 +543,7 @@ class RayRunner:
             check_resources(tasks, [node["Resources"] for node in ray.nodes() if node["Alive"]])
             return _Dispatch(ray, tasks, probes, self, on_start, on_end).run()
 
-# %% ../nbs/10_clusters.ipynb #e7f59df5
+# %% ../nbs/10_clusters.ipynb #941fbb10
 _LOCAL = {"include_dashboard": False, "object_store_memory": 100 * 2**20}  # what is sent is small
 
 @contextlib.contextmanager
@@ -575,6 +574,7 @@ def _start_ray(ray: Any, address: str | None, settings: dict[str, Any], tries: i
                 remedy = "look at the address, and whether its Ray has this version" if address else "free memory or processors, or see the logs in Ray's folder"
                 raise ConnectionError(f"{where} ({type(error).__name__}: {error}; Ray {ray.__version__} here). Remedy: {remedy}.") from error
 
+# %% ../nbs/10_clusters.ipynb #5897c247
 def _check_address(address: str | None) -> None:
     "Whether something listens there. Ray itself ends the whole process if nothing does."
     host, _, port = (address or "").rpartition(":")
@@ -585,6 +585,7 @@ def _check_address(address: str | None) -> None:
     except OSError as error:
         raise ConnectionError(f"the Ray cluster at {address} cannot be reached ({error.strerror or error}). Remedy: look at the address; `ray status` on the cluster's head shows it.") from error
 
+# %% ../nbs/10_clusters.ipynb #327ec32d
 # jsonschema, which Ray's processes and papermill import, looks for this package of JupyterLab's, which then spends 3 s on a grammar that
 # nobody here uses. Seven processes do so when Ray starts: on two cores that alone takes most of the 15 s.
 _SLOW = "rfc3987_syntax"
@@ -605,6 +606,7 @@ def _quick_imports() -> Iterator[None]:
                 del sys.modules[_SLOW]
             os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
 
+# %% ../nbs/10_clusters.ipynb #34ca351a
 _FORWARDED = ("KERAS_BACKEND", "TF_CPP_MIN_LOG_LEVEL", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION")  # no secret: Ray shows these
 
 def runtime_environment(address: str | None) -> dict[str, Any]:
@@ -630,7 +632,32 @@ def _probes(tasks: Sequence[Task]) -> Iterator[dict[str, str]]:
         for file in probes.values():
             Path(file).unlink(missing_ok=True)
 
-# %% ../nbs/10_clusters.ipynb #941fbb10
+# %% ../nbs/10_clusters.ipynb #221fc358
+def _losses(ray: Any) -> tuple[type[Exception], ...]:
+    "Errors that mean: the worker or its machine is gone, and the run may be done again."
+    names = ("WorkerCrashedError", "NodeDiedError", "LocalRayletDiedError", "OutOfMemoryError", "ObjectLostError", "TaskCancelledError")
+    return tuple(getattr(ray.exceptions, name) for name in names if hasattr(ray.exceptions, name))
+
+def _submit(ray: Any, task: Task, notebook: str, probe: str) -> Any:
+    "Hand a task in; the stream of what `work` yields."
+    options = {"num_cpus": task.num_cpus, "num_gpus": task.num_gpus, "max_retries": 0, "num_returns": "streaming", "name": task.id}
+    return ray.remote(work).options(**options).remote(asdict(task), notebook, probe)
+
+def _cancel(ray: Any, streams: Sequence[Any], patience: float = 20) -> None:
+    "Ask what still runs to stop, which takes its notebook down in order; end the workers that do not."
+    ends = [stream.completed() for stream in streams]
+    for force in (False, True):
+        for stream in streams:
+            with contextlib.suppress(Exception):  # it may have ended by itself
+                ray.cancel(stream, force=force)
+        if not ends or not ray.wait(ends, num_returns=len(ends), timeout=patience, fetch_local=False)[1]:
+            return
+
+def _last_words(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"[:500]
+
+# %% ../nbs/10_clusters.ipynb #61cbf432
 class _Dispatch:
     "One call of `RayRunner.run`: hands tasks in, listens, and hands the lost ones in again."
 
@@ -646,16 +673,12 @@ class _Dispatch:
             while self.waiting or self.running:
                 while self.waiting and len(self.running) < (self.runner.jobs or len(self.tasks)):
                     task = self.waiting.popleft()
-                    self.running[self.submit(task)] = task
+                    self.running[_submit(self.ray, task, self.texts[task.notebook], self.probes.get(task.store, ""))] = task
                 for stream in self.ray.wait(list(self.running), num_returns=1, fetch_local=False)[0]:
                     self.hear(stream, self.running[stream])
         finally:  # also when interrupted
-            self.cancel()
+            _cancel(self.ray, list(self.running))
         return [self.outcomes[task.id] for task in self.tasks]
-
-    def submit(self, task: Task) -> Any:
-        options = {"num_cpus": task.num_cpus, "num_gpus": task.num_gpus, "max_retries": 0, "num_returns": "streaming", "name": task.id}
-        return self.ray.remote(work).options(**options).remote(asdict(task), self.texts[task.notebook], self.probes.get(task.store, ""))
 
     def hear(self, stream: Any, task: Task) -> None:
         "Take the next word from a worker, or notice that there will be none."
@@ -663,18 +686,13 @@ class _Dispatch:
             said = self.ray.get(next(stream))
         except Exception as error:  # of Ray, or what `work` raised
             del self.running[stream]
-            self.lose(task, error) if isinstance(error, self.losses()) else self.end(Outcome(task.id, "failed", error=_last_words(error)))
+            self.lose(task, error) if isinstance(error, _losses(self.ray)) else self.end(Outcome(task.id, "failed", error=_last_words(error)))
             return
         if "state" in said:
             del self.running[stream]
             self.end(Outcome(**said))
         else:
             self.on_start(task)
-
-    def losses(self) -> tuple[type[Exception], ...]:
-        "Errors that mean: the worker or its machine is gone, and the run may be done again."
-        names = ("WorkerCrashedError", "NodeDiedError", "LocalRayletDiedError", "OutOfMemoryError", "ObjectLostError", "TaskCancelledError")
-        return tuple(getattr(self.ray.exceptions, name) for name in names if hasattr(self.ray.exceptions, name))
 
     def lose(self, task: Task, error: Exception) -> None:
         self.lost[task.id] += 1
@@ -687,17 +705,3 @@ class _Dispatch:
         outcome = replace(outcome, attempts=outcome.attempts + self.lost[outcome.id])
         self.outcomes[outcome.id] = outcome
         self.on_end(outcome)
-
-    def cancel(self, patience: float = 20) -> None:
-        "Ask what still runs to stop, which takes its notebook down in order; end the workers that do not."
-        streams, ends = list(self.running), [stream.completed() for stream in self.running]
-        for force in (False, True):
-            for stream in streams:
-                with contextlib.suppress(Exception):  # it may have ended by itself
-                    self.ray.cancel(stream, force=force)
-            if not ends or not self.ray.wait(ends, num_returns=len(ends), timeout=patience, fetch_local=False)[1]:
-                return
-
-def _last_words(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"[:500]

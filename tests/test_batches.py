@@ -147,14 +147,11 @@ def room(tmp_path):
 
 def kill_one(kind: str, batch: subprocess.Popen, store: Path, chance: random.Random) -> bool:
     """Wait for something of that kind to be at work, then for a random while, and kill it with signal 9; False if the batch ended before."""
-    if kind == "batch":
-        time.sleep(chance.uniform(0.2, 3.5))
-        batch.kill()
-        return True
-    look = {"worker": lambda: [process.pid for process in papermills(store)], "writing": lambda: writers(store)}[kind]
-    wait_for(kind, lambda: look() or batch.poll() is not None)
-    time.sleep(chance.uniform(0, {"worker": 2.0, "writing": 0.25}[kind]))
-    targets = look()
+    look = {"batch": lambda: [batch.pid], "worker": lambda: [process.pid for process in papermills(store)], "writing": lambda: writers(store)}
+    if kind != "batch" or chance.random() < 0.7:
+        wait_for(kind, lambda: look["worker" if kind == "batch" else kind]() or batch.poll() is not None)
+    time.sleep(chance.uniform(0, {"batch": 2.5, "worker": 2.0, "writing": 0.25}[kind]))
+    targets = look[kind]()
     if batch.poll() is not None or not targets:
         return False
     os.kill(chance.choice(targets), signal.SIGKILL)
