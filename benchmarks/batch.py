@@ -1,8 +1,8 @@
 """What a batch costs beside the work: papermill and its kernel around one training, and the listing of 200 finished runs.
 
-    python benchmarks/batch.py [ROUNDS [RECIPE]]
+    python benchmarks/batch.py [ROUNDS]
 
-A training (nbs/train.ipynb, by default with the recipe demo on drawn cells) is carried out by a worker, as `bloodnb batch` does it, and the same cells
+A short training (nbs/train.ipynb, recipe demo, 2 epochs on drawn cells) is carried out by a worker, as `bloodnb batch` does it, and the same cells
 run as one script in a fresh process; ROUNDS (3) of each in turn, medians. Their difference is all that papermill, the kernel and the worker add: two more
 processes to start, messages between them, figures drawn a second time for the notebook, the notebook saved after each cell. Both import the same libraries
 once and write the same run folder.
@@ -31,6 +31,7 @@ for cell in json.load(open(sys.argv[1]))["cells"]:
             ran.append(source)
             exec(source, names)
 """
+SHORT = {"data": "drawn:n=240,seed=1", "recipe": "demo", "epochs": 2}  # what is measured does not depend on how long it trains
 RUNS = 200
 
 
@@ -50,18 +51,18 @@ def by_script(task: Task, output: Path) -> None:
     subprocess.run([sys.executable, "-c", SCRIPT, task.notebook, given], check=True, env=worker_environment(task) | {"MPLBACKEND": "agg"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def trainings(folder: Path, rounds: int, recipe: str) -> Path:
+def trainings(folder: Path, rounds: int) -> Path:
     """Print what both ways take; a finished run."""
     notebook, found = str(find_job("train")), {"worker": [], "script": []}
     for i in range(rounds):
-        task = Task(f"run-{i}", "train", notebook, {"data": "drawn", "recipe": recipe}, str(folder / "results"))
+        task = Task(f"run-{i}", "train", notebook, SHORT, str(folder / "results"))
         found["worker"].append(seconds_of(lambda: by_worker(task)))
         found["script"].append(seconds_of(lambda: by_script(task, folder / f"script-{i}")))
     stages = [json.loads((folder / "results" / f"run-{i}" / "run.json").read_bytes())["stages"] for i in range(rounds)]
     worker, script = (statistics.median(found[name]) for name in ("worker", "script"))
-    print(f"train.ipynb, recipe {recipe}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores, median of {rounds}:")
+    print(f"train.ipynb, recipe demo, 2 epochs, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores, median of {rounds}:")
     print(f"  by a worker, papermill and a kernel   {worker:6.1f} s   ({', '.join(f'{value:.1f}' for value in found['worker'])})")
-    print(f"  the same cells as a script            {script:6.1f} s   ({', '.join(f'{value:.1f}' for value in found['script'])})")
+    print(f"  the same cells as a script            {script:6.1f} s   ({', '.join(f'{value:.1f}' for value in found['script'])})", flush=True)
     print(f"  difference {worker - script:.1f} s, ratio {worker / script:.2f}; the run itself records {statistics.median(stage['train'] for stage in stages):.1f} s of training")
     return folder / "results" / "run-0"
 
@@ -74,7 +75,7 @@ def plain_loop(folder: Path) -> None:
 def listing(folder: Path, run: Path) -> None:
     """Print what it takes to list copies of a run."""
     for i in range(RUNS):
-        shutil.copytree(run, folder / f"run-{i}")
+        shutil.copytree(run, folder / f"run-{i}", copy_function=os.link)
     table, loop = (min(seconds_of(lambda: function(folder)) for _ in range(5)) for function in (list_runs, plain_loop))
     words = [sys.executable, "-m", "bloodnb.command", "runs", str(folder)]
     whole = min(seconds_of(lambda: subprocess.run(words, check=True, env=worker_environment(Task("", "", "")), stdout=subprocess.DEVNULL)) for _ in range(3))
@@ -82,10 +83,10 @@ def listing(folder: Path, run: Path) -> None:
 
 
 def main() -> None:
-    rounds, recipe = int(sys.argv[1]) if len(sys.argv) > 1 else 3, sys.argv[2] if len(sys.argv) > 2 else "demo"
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
     with tempfile.TemporaryDirectory() as room:
         (Path(room) / "many").mkdir()
-        run = trainings(Path(room), rounds, recipe)
+        run = trainings(Path(room), rounds)
         listing(Path(room) / "many", run)
 
 

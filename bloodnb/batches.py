@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -79,7 +80,7 @@ class _File:
             mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
             remedy = " Remedy: indent with spaces; YAML takes no tabs." if r"\t" in problem else ""
             raise ValueError(f"{self.path}, line {mark.line + 1 if mark else 1}: this is no YAML: {problem}.{remedy}") from None
-        self.data = None if node is None else self._value(node, (), node.start_mark.line + 1, ())
+        self.data = None if node is None else _plain(self, node, (), node.start_mark.line + 1, ())
 
     def error(self, place: tuple, message: str) -> ValueError:
         """A ValueError with file and line; of a place that has none, its nearest parent's."""
@@ -87,34 +88,36 @@ class _File:
             place = place[:-1]
         return ValueError(f"{self.path}, line {self.lines.get(place, 1)}: {message}")
 
-    def _value(self, node: yaml.Node, place: tuple, line: int, above: tuple) -> Any:
-        self.lines[place] = line
-        if node in above:
-            raise self.error(place, "this holds itself, by an anchor; wanted a finite list or mapping.")
-        if isinstance(node, yaml.MappingNode):
-            return self._mapping(node, place, (*above, node))
-        if isinstance(node, yaml.SequenceNode):
-            return [self._value(item, (*place, i), item.start_mark.line + 1, (*above, node)) for i, item in enumerate(node.value)]
-        kind = node.tag.rpartition(":")[2]
-        if kind not in _SCALARS or (node.value == "None" and node.style is None):
-            raise self.error(place, f"{node.value!r} {'is how Python says it' if kind in _SCALARS else f'has the tag {node.tag}'}; wanted a text, a number, true, false or null.")
-        return _SCALARS[kind](node.value)
-
-    def _mapping(self, node: yaml.MappingNode, place: tuple, above: tuple) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in node.value:
-            line = key.start_mark.line + 1
-            if not isinstance(key, yaml.ScalarNode):
-                raise ValueError(f"{self.path}, line {line}: a list or mapping as a key; wanted a name.")
-            if key.value in found:
-                raise ValueError(f"{self.path}, line {line}: {key.value!r} stands here a second time; the first is in line {self.lines[*place, key.value]}. Remedy: keep one.")
-            found[key.value] = self._value(value, (*place, key.value), line, above)
-        return found
-
 def _no_file(path: Path) -> str:
     beside = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
     near = " or ".join(difflib.get_close_matches(path.name, beside, n=3, cutoff=0.4))
     return f"no batch file {str(path)!r} (paths count from {Path.cwd().name}/).{f' Did you mean {near}?' if near else ''} Wanted a YAML file, such as experiments/demo.yaml."
+
+# %% ../nbs/10_batches.ipynb #ffad72b0
+def _plain(file: _File, node: yaml.Node, place: tuple, line: int, above: tuple) -> Any:
+    "A node as plain data; its lines go into `file`. `above` are the nodes that hold it."
+    file.lines[place] = line
+    if node in above:
+        raise file.error(place, "this holds itself, by an anchor; wanted a finite list or mapping.")
+    if isinstance(node, yaml.MappingNode):
+        return _plain_mapping(file, node, place, (*above, node))
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(file, item, (*place, i), item.start_mark.line + 1, (*above, node)) for i, item in enumerate(node.value)]
+    kind = node.tag.rpartition(":")[2]
+    if kind not in _SCALARS or (node.value == "None" and node.style is None):
+        raise file.error(place, f"{node.value!r} {'is how Python says it' if kind in _SCALARS else f'has the tag {node.tag}'}; wanted a text, a number, true, false or null.")
+    return _SCALARS[kind](node.value)
+
+def _plain_mapping(file: _File, node: yaml.MappingNode, place: tuple, above: tuple) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode):
+            raise ValueError(f"{file.path}, line {line}: a list or mapping as a key; wanted a name.")
+        if key.value in found:
+            raise ValueError(f"{file.path}, line {line}: {key.value!r} stands here a second time; the first is in line {file.lines[*place, key.value]}. Remedy: keep one.")
+        found[key.value] = _plain(file, value, (*place, key.value), line, above)
+    return found
 
 # %% ../nbs/10_batches.ipynb #dd9d7966
 def find_job(job: str) -> Path:
@@ -498,13 +501,15 @@ def read_progress(notebook: str | Path) -> str:
 def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
+# %% ../nbs/10_batches.ipynb #ccdb9705
 class _Board:
     "Shows a batch at work."
 
     def __init__(self, tasks: Sequence[Task], store: Any, finished: int):
         from rich.console import Console
 
-        self.console = Console(highlight=False, soft_wrap=True)
+        # in a notebook too these are lines, which rich alone would take for a terminal's
+        self.console = Console(highlight=False, soft_wrap=True, force_jupyter=False, force_terminal=sys.stdout.isatty())
         self.store, self.words, self.counts = store, describe(tasks), {"done": finished, "failed": 0, "lost": 0}
         self.began: dict[str, float] = {}
         self.lock, self.total = threading.Lock(), len(tasks)
@@ -606,6 +611,7 @@ def run_batch(batch: Batch, runner: Any = None, jobs: int | None = None) -> list
     _summarize(board, found, batch)
     return found
 
+# %% ../nbs/10_batches.ipynb #69dbb002
 def _summarize(board: _Board, outcomes: Sequence[Outcome], batch: Batch) -> None:
     left = [outcome for outcome in outcomes if outcome.state != "done"]
     board.say(f"{len(outcomes) - len(left)} of {len(outcomes)} runs are done" + ("" if left else f": bloodnb runs {batch.output}"))
@@ -642,6 +648,7 @@ def _run_row(id: str, run: Mapping[str, Any], metrics: Mapping[str, Any]) -> dic
     return {"id": id, "job": run.get("job", ""), "backbone": choices.get("backbone") or "", "recipe": run.get("recipe") or "", "accuracy": number(metrics.get("accuracy")),
             "balanced_accuracy": number(metrics.get("balanced_accuracy")), "seconds": number(run.get("seconds")), "when": str(run.get("started") or "")[:19].replace("T", " ")}
 
+# %% ../nbs/10_batches.ipynb #e3273524
 def list_runs(folder: str | Path = "_runs") -> pd.DataFrame:
     """All finished runs below a folder, or in a store beyond this machine, the most accurate first.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -101,7 +102,8 @@ def main(words: Sequence[str] | None = None) -> int:
         The command line without the program's name; by default the process's own.
     """
     options = build_parser().parse_args(words)
-    before = signal.signal(signal.SIGTERM, _interrupt)  # as Ctrl-C: runs are stopped in order
+    main_thread = threading.current_thread() is threading.main_thread()  # only it may take signals
+    before = signal.signal(signal.SIGTERM, _interrupt) if main_thread else None  # as Ctrl-C: runs are stopped in order
     try:
         return options.function(options)
     except KeyboardInterrupt:
@@ -110,7 +112,8 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"bloodnb: {error}", file=sys.stderr)
         return 2
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if main_thread:
+            signal.signal(signal.SIGTERM, before)
 
 # %% ../nbs/13_command.ipynb #3bebb654
 if __name__ == "__main__" and "__file__" in globals():  # python -m bloodnb.command; a notebook is __main__ too, but has no file

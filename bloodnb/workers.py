@@ -124,13 +124,7 @@ _NOT_RUNS = re.compile(r"logs|\..*|.+\.checkpoint|.+\.(partial|old)-\d+")
 
 # %% ../nbs/10_workers.ipynb #b2f893ee
 class LocalStore:
-    """A folder of results: one folder for each finished run, and `logs/` with the executed notebooks.
-
-    Parameters
-    ----------
-    root : path
-        The folder; made when something is written.
-    """
+    """A folder of results, made when something is written: one folder for each finished run, and `logs/` with the executed notebooks."""
 
     def __init__(self, root: str | Path):
         self.root = Path(root).absolute()
@@ -162,7 +156,7 @@ class LocalStore:
         return self.root / "logs" / f"{id}.ipynb"
 
     def read_record(self, id: str) -> dict[str, Any]:
-        """`{"run": ..., "metrics": ...}`: `run.json` and `metrics.json` of a finished run; OSError or ValueError if they cannot be read."""
+        """`{"run": ..., "metrics": ...}`, from the JSON files of a finished run; OSError or ValueError if they cannot be read."""
         return {name: _read_object(self.root / id / f"{name}.json") for name in ("run", "metrics")}
 
     def lock(self) -> contextlib.AbstractContextManager[None]:
@@ -353,6 +347,7 @@ def _attempt(task: Task, store: Any, stop: threading.Event | None) -> tuple[str,
         log.unlink(missing_ok=True)
     return (state, "stopped before its end; the next batch goes on with it", False) if stopped and state != "done" else (state, error, again)
 
+# %% ../nbs/10_workers.ipynb #67355fe6
 def carry_out(task: Task, stop: threading.Event | None = None) -> Outcome:
     """Carry out a task, unless its store says that it is finished.
 
