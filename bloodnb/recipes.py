@@ -201,7 +201,7 @@ def resolve_recipe(name: str | None = None, **choices: Any) -> Recipe:
 
 # %% ../nbs/09_recipes.ipynb #2405ca01
 # What the jobs take beside the choices of a recipe, and which of those the cleaning job takes.
-TRAIN_PARAMETERS = ("data", "test_data", "blacklist", "output", "overwrite", "recipe", "repeats", "epochs_from", "cache", "tensorboard")
+TRAIN_PARAMETERS = ("data", "test_data", "blacklist", "output", "overwrite", "recipe", "repeats", "epochs_from", "cache", "devices", "tensorboard")
 CLEAN_PARAMETERS = ("data", "output", "overwrite", "references", "layer", "similarity")
 CLEAN_CHOICES = ("seed", "image_size", "cleaning", "backbone", "weights")
 

@@ -26,6 +26,7 @@ from .checkpoints import Checkpoint, cached_array, fingerprint, model_fingerprin
 from .data import CellImages, unknown_name
 from .models import NORMALIZATIONS, feature_model, head_model
 from .optimizers import LOSSES, build_optimizer, plateau_callback
+from .parallel import CountOnce, check_devices, find_devices, replicated, share_batches
 
 # %% auto #0
 __all__ = ['MONITORS', 'set_seed', 'Batches', 'KerasCVBatches', 'parse_unfreeze', 'set_trainable', 'class_weights', 'EpochTable',
@@ -480,22 +481,25 @@ def _callbacks(plan: TrainingPlan, validated: bool, table: EpochTable, saver: Ch
     return [StopOnNaN(), *averaged, stop, table, *falling, *([saver] if saver is not None else [])], stop
 
 # %% ../nbs/05_training.ipynb #5f116232
-def _fit(model, train, val, phase: _Phase, plan: TrainingPlan, table: EpochTable, saver: Checkpoint | None, others: list) -> str:
+def _fit(model, train, val, phase: _Phase, plan: TrainingPlan, table: EpochTable, saver: Checkpoint | None, others: list, devices: list[str]) -> str:
     "Compile and fit one phase, from where a checkpoint stands; says how it went."
-    _compile(model, phase, plan, len(train))
-    callbacks, stop = _callbacks(plan, val is not None, table, saver)
-    table.phase = phase.name
-    state = saver and saver.found(phase.name)
-    if state and (state.ended or state.epoch >= phase.last):
-        restore(state, model, [stop])
-        if val is not None:
-            model.set_weights(stop.best_weights)
-    else:
-        if saver is not None:
-            saver.phase = phase.name
-        train.go_to(state.epoch if state else 0)
-        model.fit(train, validation_data=val, epochs=phase.last, initial_epoch=state.epoch if state else 0, verbose=0, shuffle=False,
-                  callbacks=[*callbacks, *others])
+    with replicated(model, devices) as twin:
+        _compile(twin, phase, plan, len(train))
+        callbacks, stop = _callbacks(plan, val is not None, table, saver)
+        table.phase = phase.name
+        state = saver and saver.found(phase.name)
+        if state and (state.ended or state.epoch >= phase.last):
+            restore(state, twin, [stop])
+            if val is not None:
+                twin.set_weights(stop.best_weights)
+        else:
+            if saver is not None:
+                saver.phase = phase.name
+            train.go_to(state.epoch if state else 0)
+            train, tested = share_batches(train, devices), share_batches(val, devices)
+            counter = [CountOnce(train, tested)] if len(devices) > 1 else []
+            twin.fit(train, validation_data=tested, epochs=phase.last, initial_epoch=state.epoch if state else 0, verbose=0, shuffle=False,
+                     callbacks=[*counter, *callbacks, *others])
     return f"{phase.name}: best {stop.monitor} {stop.best:.4f} in epoch {stop.best_epoch + 1}" if val is not None else f"{phase.name}: {phase.last} epochs"
 
 # %% ../nbs/05_training.ipynb #5a097032
@@ -552,7 +556,7 @@ def _image_batches(train, plan: TrainingPlan, batch_size: int, class_weight) -> 
     return Batches(train.images, train.labels, n_classes, batch_size, plan.seed, class_weight, made)
 
 # %% ../nbs/05_training.ipynb #4fc0be98
-def _one_phase(model, train, val, phase: _Phase, plan: TrainingPlan, cache, table: EpochTable, saver: Checkpoint | None, others: list) -> str:
+def _one_phase(model, train, val, phase: _Phase, plan: TrainingPlan, cache, table: EpochTable, saver: Checkpoint | None, others: list, devices: list[str]) -> str:
     "Train the head on features, or the whole model on pictures."
     classes = len(train.class_names)
     weights = class_weights(train.labels, classes) if plan.class_weight else None
@@ -563,11 +567,11 @@ def _one_phase(model, train, val, phase: _Phase, plan: TrainingPlan, cache, tabl
         tested = val and Batches(features.of(val.images), val.labels, classes, phase.batch_size)
         head = head_model(model)
         _fit_momentum(head, len(batches))
-        return _fit(head, batches, tested, phase, plan, table, saver, others)
+        return _fit(head, batches, tested, phase, plan, table, saver, others, devices)
     set_trainable(model, plan.unfreeze, plan.normalization)
     batches = _image_batches(train, plan, phase.batch_size, weights)
     _fit_momentum(model, len(batches))
-    return _fit(model, batches, val and Batches(val.images, val.labels, classes, phase.batch_size), phase, plan, table, saver, others)
+    return _fit(model, batches, val and Batches(val.images, val.labels, classes, phase.batch_size), phase, plan, table, saver, others, devices)
 
 def _saver(path, model, train, val, plan: TrainingPlan, stop_after) -> Checkpoint:
     held = [] if val is None else [val.images, val.labels]
@@ -592,7 +596,7 @@ def _remaining(phases: list[_Phase], saver: Checkpoint, table: EpochTable) -> li
 # %% ../nbs/05_training.ipynb #cb9c0a50
 def train_classifier(model: keras.Model, train: CellImages, val: CellImages | None, plan: TrainingPlan | None = None, *, checkpoint: str | Path | None = None,
                      cache: str | Path | None = None, stop_after: tuple[int, int] | None = None, callbacks: Callable[[str], list] | None = None,
-                     verbose: bool = True, **choices) -> pd.DataFrame:
+                     devices: int | str = 1, verbose: bool = True, **choices) -> pd.DataFrame:
     """Train a classifier in two phases, in place: the head on a resting backbone, then the backbone's last layers too.
 
     Parameters
@@ -614,6 +618,8 @@ def train_classifier(model: keras.Model, train: CellImages, val: CellImages | No
     callbacks : callable, optional
         From a phase's name ("head" or "fine-tune") to a list of `keras.callbacks.Callback` for it, which are called after this
         function's own: at an epoch's end its checkpoint is already written. They do not hear of epochs that a checkpoint brought along.
+    devices : int or "all"
+        Among how many the batches are shared out; see `bloodnb.parallel`. A checkpoint fits any number of them.
     verbose : bool
         Whether to show an `EpochTable`.
     **choices
@@ -627,10 +633,11 @@ def train_classifier(model: keras.Model, train: CellImages, val: CellImages | No
     Raises
     ------
     FloatingPointError, ValueError
-        If the loss is not finite; if there is nothing to train, or a name is unknown.
+        If the loss is not finite; if there is nothing to train, a name is unknown, or the devices are not there.
     """
-    plan = _chosen_plan(plan, choices)
+    plan, names = _chosen_plan(plan, choices), find_devices(devices)
     check_plan(plan, stop_after)
+    check_devices(names, plan)
     check_model(model, train.images, plan)
     phases, table = _phases(plan, stop_after), EpochTable(verbose)
     set_seed(plan.seed)
@@ -638,7 +645,7 @@ def train_classifier(model: keras.Model, train: CellImages, val: CellImages | No
     if saver and saver.state:
         phases = _remaining(phases, saver, table)
     made = {phase.name: list(callbacks(phase.name)) if callbacks else [] for phase in phases}
-    table.finish("; ".join([_one_phase(model, train, val, phase, plan, cache, table, saver, made[phase.name]) for phase in phases]))
+    table.finish("; ".join([_one_phase(model, train, val, phase, plan, cache, table, saver, made[phase.name], names) for phase in phases]))
     return pd.DataFrame(table.rows)
 
 # %% ../nbs/05_training.ipynb #8c0ac2e0
