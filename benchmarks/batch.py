@@ -41,6 +41,11 @@ def seconds_of(function) -> float:
     return time.perf_counter() - began
 
 
+def processor_seconds() -> float:
+    """Of all child processes that have ended, and theirs."""
+    return os.times().children_user + os.times().children_system
+
+
 def by_worker(task: Task) -> None:
     outcome = carry_out(task)
     assert outcome.state == "done", outcome.error
@@ -54,15 +59,19 @@ def by_script(task: Task, output: Path) -> None:
 def trainings(folder: Path, rounds: int) -> Path:
     """Print what both ways take; a finished run."""
     notebook, found = str(find_job("train")), {"worker": [], "script": []}
+    used = {"worker": [], "script": []}
     for i in range(rounds):
         task = Task(f"run-{i}", "train", notebook, SHORT, str(folder / "results"))
-        found["worker"].append(seconds_of(lambda: by_worker(task)))
-        found["script"].append(seconds_of(lambda: by_script(task, folder / f"script-{i}")))
+        for name, way in (("worker", lambda: by_worker(task)), ("script", lambda: by_script(task, folder / f"script-{i}"))):
+            before = processor_seconds()
+            found[name].append(seconds_of(way))
+            used[name].append(processor_seconds() - before)
     stages = [json.loads((folder / "results" / f"run-{i}" / "run.json").read_bytes())["stages"] for i in range(rounds)]
     worker, script = (statistics.median(found[name]) for name in ("worker", "script"))
     print(f"train.ipynb, recipe demo, 2 epochs, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores, median of {rounds}:")
     print(f"  by a worker, papermill and a kernel   {worker:6.1f} s   ({', '.join(f'{value:.1f}' for value in found['worker'])})")
     print(f"  the same cells as a script            {script:6.1f} s   ({', '.join(f'{value:.1f}' for value in found['script'])})", flush=True)
+    print(f"  processor seconds                     {statistics.median(used['worker']):6.1f} and {statistics.median(used['script']):.1f}, which other work on the machine changes less")
     print(f"  difference {worker - script:.1f} s, ratio {worker / script:.2f}; the run itself records {statistics.median(stage['train'] for stage in stages):.1f} s of training")
     return folder / "results" / "run-0"
 

@@ -24,7 +24,7 @@ from bloodnb.workers import LocalStore, Task, carry_out, is_whole
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and locks are POSIX")
 # A job that takes moments: it writes a real run folder, in several files with pauses between them, and a line when it is done.
-FAKE = ["output = None\noverwrite = False\nseed = 0\nseconds = 0.2\nfail = False\nledger = None", """
+FAKE = ["output = None\noverwrite = False\nseed = 0\nseconds = 0.2\nfail = False", """
 import hashlib, time
 import numpy as np
 from bloodnb.runs import executed_notebook, finish_run, start_run
@@ -41,9 +41,8 @@ for i in range(8):
 assert not fail, "it was told to fail"
 """, """
 finish_run(run, {"accuracy": seed / 1000, "sums": sums}, executed_notebook())
-if ledger:
-    with open(ledger, "a") as file:
-        file.write(f"{seed}\\n")
+with open(run.output.parent.parent / "ledger", "a") as file:
+    file.write(f"{seed}\\n")
 """]
 
 
@@ -159,15 +158,15 @@ def kill_one(kind: str, batch: subprocess.Popen, store: Path, chance: random.Ran
 
 
 def test_twenty_kills_cost_no_result_and_no_finished_run_is_repeated(room):
-    chance, store, ledger = random.Random(7), room / "_runs" / "batch", room / "ledger"
+    chance, store, ledger = random.Random(7), room / "_runs" / "batch", room / "_runs" / "ledger"
     kinds = ["batch"] * 7 + ["worker"] * 6 + ["writing"] * 7
     chance.shuffle(kinds)
     batch, seen, n = None, {}, 0
     killed = []
     while kinds:
         if batch is None or batch.poll() is not None:
-            n = len(seen) + 6 if len(seen) + 3 > n else n  # so that there is always something to do
-            write_batch(room, job="fake.ipynb", parameters={"ledger": str(ledger)}, grid={"seed": list(range(n))}, jobs=3, threads=1)
+            n = len(seen) + 4 if len(seen) + 2 > n else n  # so that there is always something to do
+            write_batch(room, job="fake.ipynb", grid={"seed": list(range(n))}, jobs=2, threads=1)
             batch = start_batch(room)
         with suppress(psutil.Error, ProcessLookupError):
             if kill_one(kinds[-1], batch, store, chance):
