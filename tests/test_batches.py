@@ -42,7 +42,7 @@ assert not fail, "it was told to fail"
 """, """
 finish_run(run, {"accuracy": seed / 1000, "sums": sums}, executed_notebook())
 if ledger:
-    with open(ledger, "a") as file:
+    with open(f"{ledger}.txt", "a") as file:  # the parameter itself names no file, whose content would count in the run's id
         file.write(f"{seed}\\n")
 """]
 
@@ -187,7 +187,7 @@ def test_twenty_kills_cost_no_result_and_no_finished_run_is_repeated(room):
     now = snapshot(store)
     assert all(now[id] == facts for id, facts in seen.items()) and len(now) == n
     assert set(list_runs(store)["id"]) == set(now) and not list_runs(store).attrs["damaged"]
-    finished = ledger.read_text().split()
+    finished = Path(f"{ledger}.txt").read_text().split()
     assert len(finished) == len(set(finished)), "each run was finished once at most"
     assert f"{n} runs, {len(seen)} of them done before" in said
     assert {path.name for path in store.iterdir()} == {*now, "logs", ".lock"}, "nothing half written is left"
@@ -258,6 +258,8 @@ def test_wrong_file_is_refused_with_line_and_nearest_key(room):
     ("job: fake.ipynb\nruns:\n  - seed: 1\n  - output: x\n", 4, "`output`"),
     ("job: fakes.ipynb\n", 1, "no notebook 'fakes.ipynb'"),
     ("job: fake.ipynb\njobs: 0\n", 2, "wanted a whole number"),
+    ("job: fake.ipynb\njobs: !!int abc\n", 2, "'abc' is no int"),
+    ("parameters: {recipe: demo}\ngrid:\n  tensorboard: [false, maybe]\n", 3, "tensorboard is 'maybe'"),
     ("parameters: {recipe: demo}\ngrid:\n  epochs:\n    - 3\n    - few\n", 5, "epochs is 'few'"),
     ("parameters:\n  recipe: demo\n  backbone: MobilNet\ngrid:\n  seed: [0, 1]\n", 3, "MobileNet"),
     ("parameters:\n  recipe: demo\n  data: photos.zip\n", 3, "photos.zip"),
