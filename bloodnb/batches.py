@@ -74,6 +74,8 @@ class _File:
             node = yaml.compose(self.path.read_text(encoding="utf-8-sig"), Loader=_Loader)
         except FileNotFoundError:
             raise FileNotFoundError(_no_file(self.path)) from None
+        except IsADirectoryError:
+            raise FileNotFoundError(_no_file(self.path)) from None
         except UnicodeDecodeError as error:
             raise ValueError(f"{self.path}: no UTF-8 text ({error.reason} at byte {error.start}). Wanted a batch file in YAML.") from None
         except yaml.YAMLError as error:
@@ -106,7 +108,10 @@ def _plain(file: _File, node: yaml.Node, place: tuple, line: int, above: tuple) 
     kind = node.tag.rpartition(":")[2]
     if kind not in _SCALARS or (node.value == "None" and node.style is None):
         raise file.error(place, f"{node.value!r} {'is how Python says it' if kind in _SCALARS else f'has the tag {node.tag}'}; wanted a text, a number, true, false or null.")
-    return _SCALARS[kind](node.value)
+    try:
+        return _SCALARS[kind](node.value)
+    except ValueError:  # a tag of the file's own, such as !!int
+        raise file.error(place, f"{node.value!r} is no {kind}, which its tag says.") from None
 
 def _plain_mapping(file: _File, node: yaml.MappingNode, place: tuple, above: tuple) -> dict[str, Any]:
     found: dict[str, Any] = {}
@@ -230,7 +235,7 @@ def _training_identity(parameters: Mapping[str, Any], skip: Path | None) -> dict
         recipe, _ = recipes.on_all_data(recipe, runs.read_history(given["epochs_from"]), runs.read_run(given["epochs_from"])["choices"])
     recipe = recipes.with_test_data(recipe, given["test_data"])
     recipes.seeds_of(recipe, given["repeats"])
-    runs.check_flags(cache=given["cache"])
+    runs.check_flags(cache=given["cache"], tensorboard=given["tensorboard"])
     if given["blacklist"] and not Path(given["blacklist"]).is_file():
         raise FileNotFoundError(f"there is no blacklist {given['blacklist']} (paths count from {Path.cwd().name}/)")
     found = {**{name: given[name] for name in recipes.TRAIN_PARAMETERS}, **asdict(recipe)}
@@ -238,7 +243,7 @@ def _training_identity(parameters: Mapping[str, Any], skip: Path | None) -> dict
     return found | {name: _path_identity(found[name], skip) for name in ("blacklist", "epochs_from", "weights")}
 
 # %% ../nbs/10_batches.ipynb #3716228a
-NOT_IN_ID = ("output", "overwrite", "cache", "recipe", "tensorboard", "tracking_uri")
+NOT_IN_ID = ("output", "overwrite", "cache", "recipe", "tensorboard", "storage")
 
 def run_id(job: str, parameters: Mapping[str, Any], skip: Path | None = None) -> str:
     """The name of a run: a readable word, and 12 hexadecimal digits of a hash.
@@ -262,7 +267,8 @@ def run_id(job: str, parameters: Mapping[str, Any], skip: Path | None = None) ->
         identity = _training_identity(parameters, skip)
     else:
         identity = {name: _path_identity(value, skip) for name, value in {**job_parameters(notebook), **parameters}.items()}
-    kept = {name: value for name, value in identity.items() if name not in NOT_IN_ID or (job != "train" and name == "recipe")}
+    passing = {"output", "overwrite"} if job.endswith(".ipynb") else {*NOT_IN_ID} - ({"recipe"} if job != "train" else set())
+    kept = {name: value for name, value in identity.items() if name not in passing}
     told = [job if not job.endswith(".ipynb") else _code_digest(notebook), bloodnb.__version__, kept]
     digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
     word = re.sub(r"[^A-Za-z0-9_.]+", "_", str(identity.get("backbone") or Path(job).stem)).strip("_.") or "run"
@@ -480,8 +486,8 @@ class LocalRunner:
             return outcome
 
         with ThreadPoolExecutor(self.jobs) as pool:
-            futures = [pool.submit(one, task) for task in tasks]
             try:
+                futures = [pool.submit(one, task) for task in tasks]
                 wait(futures)
             except BaseException:
                 stop.set()

@@ -80,7 +80,7 @@ def _client(uri: str) -> Any:
         try:
             socket.create_connection((address.hostname, address.port or {"http": 80, "https": 443}[address.scheme]), timeout=5).close()
         except OSError as error:
-            raise ConnectionError(f"no tracking server answers at {uri} ({error.strerror or error}). Remedy: start it, or set MLFLOW_TRACKING_URI to where it is.") from error
+            raise ConnectionError(f"no tracking server answers at {_without_password(uri)} ({error.strerror or error}). Remedy: start it, or set MLFLOW_TRACKING_URI to where it is.") from error
     return MlflowClient(tracking_uri=uri)
 
 # %% ../nbs/11_tracking.ipynb #763dc369
@@ -157,16 +157,21 @@ def track(folder: str | Path) -> str | None:
     try:
         run_id = track_run(folder, uri)
     except Exception as error:  # whatever it is, the run itself is whole
-        print(f"Warning: the run is not on the tracking server: {type(error).__name__}: {error} "
+        said = str(error).replace(uri, _without_password(uri)).replace(_credentials(uri), "")
+        print(f"Warning: the run is not on the tracking server: {type(error).__name__}: {said} "
               f"Its folder is whole; log it later with bloodnb.tracking.track_run({str(folder)!r}, uri).")
         return None
     print(f"logged as {run_id} on {_without_password(uri)}")
     return run_id
 
+def _credentials(uri: str) -> str:
+    "The part USER:PASSWORD@ of a URI; a mark that no text holds if there is none."
+    user, at, _ = urlsplit(uri).netloc.rpartition("@")
+    return user + at or "\0"
+
 def _without_password(uri: str) -> str:
     "A URI that may be shown in a notebook."
-    address = urlsplit(uri)
-    return uri if "@" not in address.netloc else address._replace(netloc=address.netloc.rpartition("@")[2]).geturl()
+    return uri.replace(_credentials(uri), "", 1)
 
 # %% ../nbs/11_tracking.ipynb #e6253bff
 def tensorboard_callbacks(folder: str | Path) -> Callable[[str], list]:

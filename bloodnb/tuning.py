@@ -489,7 +489,7 @@ def storage_url(storage: str | Path) -> str:
 def hidden(url: str | Path) -> str:
     """A database's address without its user and password."""
     head, at, tail = (url := str(url)).rpartition("@")
-    return f"{head.split('://')[0]}://***@{tail}" if at else url
+    return f"{head.split('://')[0]}://***@{tail}" if at and "://" in head else url
 
 def _engine_choices(url: str) -> dict[str, Any]:
     return {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
@@ -713,8 +713,9 @@ def search(measure: Callable[[dict[str, Any], Callable[[int, float], None]], dic
     while (number := _next(opened, claims, n)) is not None:
         with claims.held(number):
             _make_trials(opened, claims, number, plan, space)
-            if not opened.get_trials(deepcopy=False)[number].state.is_finished():
-                _measure(opened, database, claims, number, measure, plan, space)
+            if opened.get_trials(deepcopy=False)[number].state.is_finished():  # by another process, after `_next` had looked
+                continue
+            _measure(opened, database, claims, number, measure, plan, space)
         table = trial_table(opened.get_trials(deepcopy=False)[:n], space)
         _stop_if_hopeless(table)
         if show:

@@ -243,6 +243,7 @@ def _start(task: Task, store: Any) -> tuple[subprocess.Popen, Path]:
         raise ImportError('runs of job notebooks need papermill. Remedy: pip install "bloodnb[notebooks]".')
     notebook = Path(store.notebook_path(task.id))
     notebook.parent.mkdir(parents=True, exist_ok=True)
+    notebook.unlink(missing_ok=True)  # an earlier attempt's error would be taken for this one's, should papermill die before it writes
     words = papermill_command(task, store.workspace(task.id), notebook)
     if sys.platform == "linux":
         words = [sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), *words]
