@@ -222,8 +222,8 @@ def _path_identity(value: Any, skip: Path | None = None) -> Any:
     found = []
     for word in words:
         stem, _, part = (word, "", "") if glob.glob(word) else word.rpartition(":")
-        found += [[content_digest(path, skip), part] for path in sorted(glob.glob(stem))]
-    return found or value
+        found += [[content_digest(path, skip), part] for path in sorted(glob.glob(stem))] or [word]
+    return value if found == words else found
 
 def _training_identity(parameters: Mapping[str, Any], skip: Path | None) -> dict[str, Any]:
     "The recipe that a training's parameters add up to, and its data; raises what the job would raise at once."
@@ -243,6 +243,8 @@ def _training_identity(parameters: Mapping[str, Any], skip: Path | None) -> dict
     return found | {name: _path_identity(found[name], skip) for name in ("blacklist", "epochs_from", "weights")}
 
 # %% ../nbs/10_batches.ipynb #3716228a
+# What the jobs of this project read; of a notebook of one's own any parameter may be a path.
+_INPUTS = ("data", "test_data", "weights", "blacklist", "run", "runs", "pair", "epochs_from")
 NOT_IN_ID = ("output", "overwrite", "cache", "recipe", "tensorboard", "storage")
 
 def run_id(job: str, parameters: Mapping[str, Any], skip: Path | None = None) -> str:
@@ -266,7 +268,8 @@ def run_id(job: str, parameters: Mapping[str, Any], skip: Path | None = None) ->
     if job == "train":
         identity = _training_identity(parameters, skip)
     else:
-        identity = {name: _path_identity(value, skip) for name, value in {**job_parameters(notebook), **parameters}.items()}
+        own, given = job.endswith(".ipynb"), {**job_parameters(notebook), **parameters}
+        identity = {name: _path_identity(value, skip) if own or name in _INPUTS else value for name, value in given.items()}
     passing = {"output", "overwrite"} if job.endswith(".ipynb") else {*NOT_IN_ID} - ({"recipe"} if job != "train" else set())
     kept = {name: value for name, value in identity.items() if name not in passing}
     told = [job if not job.endswith(".ipynb") else _code_digest(notebook), bloodnb.__version__, kept]
@@ -439,7 +442,7 @@ def plan_batch(batch: Batch, jobs: int | None = None, threads: int | None = None
     jobs, threads : int, optional
         Overrule the file's. Without `threads`, one run at a time may use all cores, and several divide them.
     """
-    jobs = jobs or batch.jobs
+    jobs = min(jobs or batch.jobs, len(set(batch.ids)))
     threads = batch.threads if threads is None else threads
     if threads is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -378,10 +378,8 @@ def fetch_input(url: str) -> Path:
 
     Raises
     ------
-    FileNotFoundError
-        If there is no such file.
     OSError
-        If it cannot be read, or arrives with another size.
+        If there is no such file, it cannot be read, or arrives with another size.
     """
     filesystem, path = open_address(url)
     with _named(url, "read"):

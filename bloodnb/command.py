@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import threading
@@ -101,6 +102,7 @@ def main(words: Sequence[str] | None = None) -> int:
     words : sequence of str, optional
         The command line without the program's name; by default the process's own.
     """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors are lines of text here, not to be lost among TensorFlow's own
     options = build_parser().parse_args(words)
     main_thread = threading.current_thread() is threading.main_thread()  # only it may take signals
     before = signal.signal(signal.SIGTERM, _interrupt) if main_thread else None  # as Ctrl-C: runs are stopped in order

@@ -653,7 +653,7 @@ def parse_value(text: str) -> Any:
     return text
 
 # %% ../nbs/12_machines.ipynb #3a55b463
-_FOLDERS = ("run", "runs", "pair", "blacklist", "epochs_from")
+_FOLDERS = ("run", "runs", "pair", "blacklist", "epochs_from", "storage")
 
 def _check_there(name: str, value: Any) -> None:
     "Refuse what lies on this machine: there it does not."
@@ -691,7 +691,7 @@ def check_job(job: str, parameters: Mapping[str, Any]) -> None:
         if isinstance(known[name], bool) and not isinstance(value, bool):
             raise ValueError(f"{name} is {value!r}; wanted True or False, with a capital letter.")
         _check_there(name, value)
-    if Path(job).stem in ("train", "clean"):
+    if Path(job).stem in ("train", "clean", "tune"):
         from bloodnb.recipes import recipe_fields, resolve_recipe, seeds_of
 
         elsewhere = ["weights"] if str(parameters.get("weights", "")).startswith("/kaggle/") else []

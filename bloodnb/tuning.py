@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import keras
 import matplotlib.pyplot as plt
@@ -1035,8 +1036,9 @@ def check_search(plan: SearchPlan, recipe: Recipe, storage: str | Path | None = 
     space = parse_space(plan.space, recipe)
     if plan.sampler == "grid" and (n := grid_size(space)) > 100_000:
         raise ValueError(f"the grid of space {plan.space!r} has {n:,} combinations; wanted at most 100,000. Remedy: -p sampler random, or fewer values.")
-    if storage is not None:
-        storage_url(storage)
+    if storage is not None and urlsplit(storage_url(storage)).password:
+        raise ValueError(f"storage is {hidden(storage)} with a password, which executed notebooks would keep; wanted an address without one. "
+                         "Remedy: where the database's driver looks for it, such as PGPASSFILE or PGPASSWORD in the environment.")
     if not isinstance(study, str) or not 1 <= len(study) <= 200:
         raise ValueError(f"study is {study!r}; wanted a name of 1 to 200 letters.")
     if recipe.val_fraction == 0:
