@@ -48,14 +48,13 @@ from .training import predict, train_classifier
 __all__ = ['KINDS', 'SPACES', 'FIXED', 'POINTS', 'SAMPLERS', 'PRUNERS', 'OBJECTIVES', 'BEAT', 'PATIENCE', 'STUDY',
            'TUNE_PARAMETERS', 'Dimension', 'Space', 'space_table', 'head_words', 'choices_of', 'searchable',
            'parse_dimension', 'parse_space', 'check_space', 'grid_size', 'grid', 'Objective', 'SearchPlan',
-           'storage_url', 'hidden', 'Claims', 'trials_wanted', 'search', 'trial_table', 'best_trial', 'leaders',
-           'trial_line', 'Reporter', 'TrialTraining', 'plot_search', 'importances', 'plot_importances', 'plot_slices',
-           'tune_fields', 'values_of', 'best_parameters', 'train_command', 'write_best', 'check_search',
+           'storage_url', 'hidden', 'Claims', 'held', 'locked', 'trials_wanted', 'search', 'trial_table', 'best_trial',
+           'leaders', 'trial_line', 'Reporter', 'TrialTraining', 'plot_search', 'importances', 'plot_importances',
+           'plot_slices', 'tune_fields', 'values_of', 'best_parameters', 'train_command', 'write_best', 'check_search',
            'search_metrics', 'keep_study']
 
 # %% ../nbs/11_tuning.ipynb #716aed45
 KINDS = ("float", "int", "choice")
-
 @dataclass(frozen=True)
 class Dimension:
     """One thing that a search varies.
@@ -233,6 +232,7 @@ def _own_dimensions(parts: Sequence[str]) -> tuple[Dimension, ...]:
         raise ValueError("a head in parts wants both, e.g. head_layers=1..2;head_units=64..512/64")
     return (*made.values(), *(_layers(layers, **parts_of_head) if layers else ()))
 
+# %% ../nbs/11_tuning.ipynb #379649a9
 def parse_space(text: str, recipe: Recipe) -> Space:
     """The space that a text stands for.
 
@@ -379,6 +379,7 @@ class Objective:
 OBJECTIVES: dict[str, Objective] = {f"{prefix}{score}": Objective(validation, score) for prefix, validation in (("shifted_", "homework"), ("", "clean"))
                                     for score in ("accuracy", "balanced_accuracy", "log_loss")}
 
+# %% ../nbs/11_tuning.ipynb #6f22a9c2
 @dataclass(frozen=True)
 class SearchPlan:
     """The choices of a search.
@@ -495,6 +496,7 @@ def hidden(url: str | Path) -> str:
 def _engine_choices(url: str) -> dict[str, Any]:
     return {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
 
+# %% ../nbs/11_tuning.ipynb #14964887
 def _owner() -> str:
     "This process: machine, number, and when it began, since numbers come again."
     me = psutil.Process()
@@ -513,10 +515,51 @@ def _is_dead(owner: str) -> bool:
     except psutil.Error:
         return False
 
-# %% ../nbs/11_tuning.ipynb #14964887
+# %% ../nbs/11_tuning.ipynb #42baa5e3
 _LOCK = -1  # the number whose owner may make the study, or trials in it
+class _Register:
+    "The table of owners in a database: study, number, owner, and a counter of signs of life."
 
-class Claims:
+    def __init__(self, url: str, study: str):
+        import sqlalchemy as sql
+
+        self.sql, self.study, self.me = sql, study, _owner()
+        self.engine = sql.create_engine(url, poolclass=sql.pool.NullPool, **_engine_choices(url))
+        self.table = sql.Table("bloodnb_claims", sql.MetaData(), sql.Column("study", sql.String(200), primary_key=True),
+                               sql.Column("number", sql.Integer, primary_key=True, autoincrement=False), sql.Column("owner", sql.String(300)), sql.Column("beats", sql.Integer))
+        with contextlib.suppress(sql.exc.OperationalError, sql.exc.ProgrammingError, sql.exc.IntegrityError):  # another process made the table in this moment
+            self.table.create(self.engine, checkfirst=True)
+
+    def _where(self, number: int, **columns):
+        return self.sql.and_(self.table.c.study == self.study, self.table.c.number == number, *(self.table.c[name] == value for name, value in columns.items()))
+
+    def read(self, number: int):
+        """Owner and beats of a number, or None."""
+        with self.engine.begin() as connection:
+            return connection.execute(self.sql.select(self.table.c.owner, self.table.c.beats).where(self._where(number))).first()
+
+    def add(self, number: int) -> bool:
+        """Write this process down as a number's first owner; whether nobody was faster."""
+        try:
+            with self.engine.begin() as connection:
+                connection.execute(self.table.insert().values(study=self.study, number=number, owner=self.me, beats=0))
+            return True
+        except self.sql.exc.IntegrityError:
+            return False
+
+    def beat(self, number: int, owner: str, beats: int | None = None) -> bool:
+        """Become (or remain) the owner of a number of which `owner` stands there, with so many beats if given; whether it was so."""
+        same = self._where(number, owner=owner, **({} if beats is None else {"beats": beats}))
+        with self.engine.begin() as connection:
+            return connection.execute(self.table.update().where(same).values(owner=self.me, beats=self.table.c.beats + 1)).rowcount == 1
+
+    def remove(self, number: int) -> None:
+        """Let a number of this process go."""
+        with self.engine.begin() as connection:
+            connection.execute(self.table.delete().where(self._where(number, owner=self.me)))
+
+# %% ../nbs/11_tuning.ipynb #41bee932
+class Claims(_Register):
     """Who has which trial, in the study's database: a number has one owner at most, whoever asks at once.
 
     Parameters
@@ -524,23 +567,13 @@ class Claims:
     url : str
         See `storage_url`.
     study : str
-    beat, patience : float
-        Seconds between signs of life; without one before an owner on another machine counts as gone.
+    patience : float
+        Seconds without a sign of life after which an owner on another machine counts as gone.
     """
 
-    def __init__(self, url: str, study: str, beat: float = BEAT, patience: float = PATIENCE):
-        import sqlalchemy as sql
-
-        self.sql, self.study, self.me, self.beat, self.patience = sql, study, _owner(), beat, patience
-        self.engine = sql.create_engine(url, poolclass=sql.pool.NullPool, **_engine_choices(url))
-        self.table = sql.Table("bloodnb_claims", sql.MetaData(), sql.Column("study", sql.String(200), primary_key=True),
-                               sql.Column("number", sql.Integer, primary_key=True, autoincrement=False), sql.Column("owner", sql.String(300)), sql.Column("beats", sql.Integer))
-        self.seen: dict[int, tuple] = {}  # number: owner and beats, and since when they stand so
-        with contextlib.suppress(sql.exc.OperationalError, sql.exc.ProgrammingError, sql.exc.IntegrityError):  # another process made the table in this moment
-            self.table.create(self.engine, checkfirst=True)
-
-    def _where(self, number: int, owner: str):
-        return self.sql.and_(self.table.c.study == self.study, self.table.c.number == number, self.table.c.owner == owner)
+    def __init__(self, url: str, study: str, patience: float = PATIENCE):
+        super().__init__(url, study)
+        self.patience, self.seen = patience, {}  # by number: owner and beats, and since when they stand so
 
     def _gone(self, number: int, owner: str, beats: int) -> bool:
         if self.seen.get(number, (None,))[0] != (owner, beats):
@@ -549,51 +582,40 @@ class Claims:
 
     def take(self, number: int) -> bool:
         """Become the owner of a number that has none, or one that is gone; whether that succeeded."""
-        with self.engine.begin() as connection:
-            row = connection.execute(self.sql.select(self.table.c.owner, self.table.c.beats).where(self.table.c.study == self.study, self.table.c.number == number)).first()
-        if row is not None and not self._gone(number, *row):
-            return False
-        try:
-            with self.engine.begin() as connection:
-                if row is None:
-                    connection.execute(self.table.insert().values(study=self.study, number=number, owner=self.me, beats=0))
-                    return True
-                same = self.sql.and_(self._where(number, row.owner), self.table.c.beats == row.beats)  # else somebody was faster
-                return connection.execute(self.table.update().where(same).values(owner=self.me, beats=row.beats + 1)).rowcount == 1
-        except self.sql.exc.IntegrityError:
-            return False
+        row = self.read(number)
+        return self.add(number) if row is None else self._gone(number, *row) and self.beat(number, *row)
 
     def is_mine(self, number: int) -> bool:
         """Whether this process still owns a number: it may have slept so long that another took it."""
-        with self.engine.begin() as connection:
-            return connection.execute(self.sql.select(self.table.c.beats).where(self._where(number, self.me))).first() is not None
+        row = self.read(number)
+        return row is not None and row.owner == self.me
 
     def _keep(self, number: int, over: threading.Event) -> None:
-        while not over.wait(self.beat):
-            with contextlib.suppress(self.sql.exc.SQLAlchemyError), self.engine.begin() as connection:
-                connection.execute(self.table.update().where(self._where(number, self.me)).values(beats=self.table.c.beats + 1))
+        while not over.wait(BEAT):
+            with contextlib.suppress(self.sql.exc.SQLAlchemyError):
+                self.beat(number, self.me)
 
-    @contextlib.contextmanager
-    def held(self, number: int):
-        """Give signs of life while a number that was taken is worked on, and let it go at the end."""
-        over = threading.Event()
-        thread = threading.Thread(target=self._keep, args=(number, over), daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
-            with self.engine.begin() as connection:
-                connection.execute(self.table.delete().where(self._where(number, self.me)))
+# %% ../nbs/11_tuning.ipynb #f6abfa39
+@contextlib.contextmanager
+def held(claims: Claims, number: int):
+    """Give signs of life while a number that was taken is worked on, and let it go at the end."""
+    over = threading.Event()
+    thread = threading.Thread(target=claims._keep, args=(number, over), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        claims.remove(number)
 
-    @contextlib.contextmanager
-    def locked(self):
-        """Be the only process that makes the study, or trials in it."""
-        while not self.take(_LOCK):
-            time.sleep(0.1)
-        with self.held(_LOCK):
-            yield
+@contextlib.contextmanager
+def locked(claims: Claims):
+    """Be the only process that makes the study, or trials in it."""
+    while not claims.take(_LOCK):
+        time.sleep(0.1)
+    with held(claims, _LOCK):
+        yield
 
 # %% ../nbs/11_tuning.ipynb #265485b0
 STUDY = "tuning"
@@ -623,7 +645,7 @@ def trials_wanted(plan: SearchPlan, space: Space) -> int:
 def _make_trials(study, claims: Claims, number: int, plan: SearchPlan, space: Space) -> None:
     "Put trials into the study until there is one of this number; each with the values that are not to be drawn, where there are some."
     optuna, points = _optuna(), grid(space, plan.seed) if plan.sampler == "grid" else None
-    with claims.locked():
+    with locked(claims):
         for new in range(len(study.get_trials(deepcopy=False)), number + 1):
             fixed = points[new] if points else space.start if new == 0 else None
             attributes = {"fixed_params": fixed} if fixed else {}  # where Optuna looks for them
@@ -641,6 +663,7 @@ def _next(study, claims: Claims, n: int) -> int | None:
                 return number
         time.sleep(1)  # for those of other processes, which may be finished, or die
 
+# %% ../nbs/11_tuning.ipynb #b70b51dd
 def _reporter(trial, claims: Claims, number: int):
     "What a measurement tells its epochs' values to; it ends one that the pruner gives up, or that another process has taken over."
     optuna, known = _optuna(), set(trial.study.get_trials(deepcopy=False)[number].intermediate_values)
@@ -672,7 +695,7 @@ def _measure(study, storage, claims: Claims, number: int, measure: Callable, pla
         trial.set_user_attr("facts", {**facts, "seconds": round(time.perf_counter() - began, 2)})
         study.tell(trial, value, state=state)
 
-# %% ../nbs/11_tuning.ipynb #b70b51dd
+# %% ../nbs/11_tuning.ipynb #addd3398
 def search(measure: Callable[[dict[str, Any], Callable[[int, float], None]], dict[str, Any]], space: Space, plan: SearchPlan, storage: str | Path, *, study: str = STUDY,
            epochs: int = 100, settings: Mapping[str, Any] | None = None, show: Callable[[str], None] | None = None) -> pd.DataFrame:
     """Carry out the trials of a study that are not finished yet, alone or beside other processes that do the same.
@@ -686,10 +709,8 @@ def search(measure: Callable[[dict[str, Any], Callable[[int, float], None]], dic
     plan : SearchPlan
     storage : str or path
         See `storage_url`.
-    study : str
-        Its name in there.
-    epochs : int
-        Most epochs of a trial, for Hyperband.
+    study, epochs : str, int
+        The study's name in there; most epochs of a trial, for Hyperband.
     settings : mapping, optional
         What else must be the same, such as the data's checksum, for a study to be gone on with.
     show : callable, optional
@@ -702,17 +723,15 @@ def search(measure: Callable[[dict[str, Any], Callable[[int, float], None]], dic
 
     Raises
     ------
-    ImportError, ValueError
-        If Optuna is not installed; if the storage cannot be used, or holds a study of this name with other settings.
-    RuntimeError
-        If the first three trials all failed.
+    ImportError, ValueError, RuntimeError
+        If Optuna is not installed; the storage cannot be used, or holds a study of this name with other settings; the first three trials fail.
     """
     url = storage_url(storage)
     claims, n = Claims(url, study), trials_wanted(plan, space)
-    with claims.locked():
+    with locked(claims):
         opened, database = _open_study(url, study, plan, space, epochs, settings or {})
     while (number := _next(opened, claims, n)) is not None:
-        with claims.held(number):
+        with held(claims, number):
             _make_trials(opened, claims, number, plan, space)
             if opened.get_trials(deepcopy=False)[number].state.is_finished():  # by another process, after `_next` had looked
                 continue
@@ -723,12 +742,13 @@ def search(measure: Callable[[dict[str, Any], Callable[[int, float], None]], dic
             show(trial_line(table, number, OBJECTIVES[plan.objective].direction))
     return trial_table(opened.get_trials(deepcopy=False)[:n], space)
 
+# %% ../nbs/11_tuning.ipynb #db0796b6
 def _stop_if_hopeless(table: pd.DataFrame) -> None:
     done = table[table["state"].isin(("complete", "pruned", "fail"))]
     if len(done) >= 3 and (done["state"] == "fail").all():
         raise RuntimeError(f"all of the first {len(done)} trials failed, the last with {done['error'].iloc[-1]}. Remedy: see that, and begin a new study.")
 
-# %% ../nbs/11_tuning.ipynb #addd3398
+# %% ../nbs/11_tuning.ipynb #3b4e4bff
 _FACTS = ("low", "high", "epochs", "n")
 
 def trial_table(trials: Sequence, space: Space) -> pd.DataFrame:
@@ -751,6 +771,7 @@ def trial_table(trials: Sequence, space: Space) -> pd.DataFrame:
                      "seconds": facts.get("seconds"), "error": facts.get("error", "")})
     return pd.DataFrame(rows).astype({one.name: "Int64" for one in space.dimensions if one.kind == "int"})
 
+# %% ../nbs/11_tuning.ipynb #0181e7be
 def best_trial(table: pd.DataFrame, direction: str = "maximize") -> pd.Series:
     """The row of the best trial that ran to its end (the first of equals); ValueError if there is none."""
     done = table[table["state"] == "complete"]
@@ -796,25 +817,9 @@ class Reporter(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         self.report(self.first + epoch, float(logs[self.monitor]))
 
-class TrialTraining:
-    """Measure a trial's values by a training.
-
-    Parameters
-    ----------
-    recipe : Recipe
-        Of all that is not searched.
-    train, val : CellImages
-        Cleaned, and split.
-    objective : str
-        Key of `OBJECTIVES`.
-    cache : path, optional
-        For features of a resting backbone; see `bloodnb.checkpoints.feature_cache`.
-
-    Raises
-    ------
-    ValueError
-        If there are no validation pictures.
-    """
+# %% ../nbs/11_tuning.ipynb #c1e32635
+class _TrialPictures:
+    "What all trials of a search share: pictures, and what was made of them."
 
     def __init__(self, recipe: Recipe, train: CellImages, val: CellImages | None, objective: str = "shifted_accuracy", cache: str | Path | None = None):
         if val is None or len(val) == 0:
@@ -839,6 +844,27 @@ class TrialTraining:
         if key not in self._features:
             self._features = {key: predict(trunk, self.watched.images)}
         return keras.ops.convert_to_numpy(head_model(model)(self._features[key], training=False))
+
+# %% ../nbs/11_tuning.ipynb #6408d195
+class TrialTraining(_TrialPictures):
+    """Measure a trial's values by a training.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        Of all that is not searched.
+    train, val : CellImages
+        Cleaned, and split.
+    objective : str
+        Key of `OBJECTIVES`.
+    cache : path, optional
+        For features of a resting backbone; see `bloodnb.checkpoints.feature_cache`.
+
+    Raises
+    ------
+    ValueError
+        If there are no validation pictures.
+    """
 
     def fit(self, choices: Mapping[str, Any], report: Callable[[int, float], None] | None = None) -> tuple[keras.Model, pd.DataFrame]:
         """Train with these fields of the recipe: the model, and its history."""
