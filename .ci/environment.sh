@@ -47,6 +47,7 @@ touch .venv/unfinished
 if [ -z "${UV_DEFAULT_INDEX:-}${UV_INDEX_URL:-}" ] && [ -n "${PIP_INDEX_URL:-}" ]; then export UV_DEFAULT_INDEX="$PIP_INDEX_URL"; fi
 export PATH="$PWD/.venv/uv/bin:$PATH" VIRTUAL_ENV="$PWD/.venv"
 fetch_uv "$python"
-uv pip sync --quiet requirements.lock
+# Compiled now: where PYTHONDONTWRITEBYTECODE is set, every process would compile all that it imports, TensorFlow among it.
+uv pip sync --quiet --compile-bytecode requirements.lock
 uv pip install --quiet --no-deps --editable .
 rm .venv/unfinished
