@@ -287,7 +287,7 @@ def two_steps(monkeypatch, trunks, without_graphs):
     """Trains two batches of one phase as `train_classifier` does, by train_on_batch in place of fit (after whose streams TensorFlow trims memory for seconds); the losses."""
     losses = []
 
-    def fit(model, train, val, phase, plan, table, saver):
+    def fit(model, train, val, phase, plan, table, *more):
         training._compile(model, phase, plan, len(train))
         losses[:] = [model.train_on_batch(*train[i], return_dict=True)["loss"] for i in range(len(train))]
         return phase.name
