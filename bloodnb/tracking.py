@@ -206,7 +206,8 @@ def read_events(folder: str | Path) -> pd.DataFrame:
 
     rows = []
     for path in sorted(Path(folder).rglob("events.out.tfevents.*")):
-        for event in tf.compat.v1.train.summary_iterator(str(path)):
+        for record in tf.data.TFRecordDataset(str(path)):
+            event = tf.compat.v1.Event.FromString(record.numpy())
             for value in event.summary.value:
                 rows.append((path.parent.relative_to(folder).as_posix(), value.tag, event.step, float(tf.make_ndarray(value.tensor))))
     return pd.DataFrame(rows, columns=["folder", "tag", "step", "value"])
