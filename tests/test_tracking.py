@@ -92,20 +92,28 @@ def test_a_run_is_logged_once(run, client, server):
     assert [one.info.run_id for one in logged(client)] == [again] and again not in (first.info.run_id, broken.info.run_id)
 
 
+PAGE = """
+import sys
+from playwright.sync_api import sync_playwright
+executable, address, shot, *flags = sys.argv[1:]
+with sync_playwright() as playwright:
+    browser = playwright.chromium.launch(executable_path=executable, args=flags)
+    page = browser.new_page(viewport={"width": 1280, "height": 800})
+    page.goto(address)
+    page.get_by_text("small run").first.wait_for(timeout=120_000)
+    page.screenshot(path=shot)
+    browser.close()
+"""
+
+
 def test_the_page_shows_the_run(run, server, client, tmp_path):
+    """In a process of its own: other tests of this one may have left an event loop at work, which Playwright refuses."""
     from test_site import CHROMIUM_FLAGS, find_chromium
 
-    executable = find_chromium()
-    from playwright.sync_api import sync_playwright
-
     home = client.get_experiment_by_name("bloodnb").experiment_id
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, args=CHROMIUM_FLAGS)
-        page = browser.new_page(viewport={"width": 1280, "height": 800})
-        page.goto(f"{server}/#/experiments/{home}/runs")
-        page.get_by_text("small run").first.wait_for(timeout=120_000)
-        page.screenshot(path=tmp_path / "mlflow.png")
-        browser.close()
+    opened = subprocess.run([sys.executable, "-c", PAGE, find_chromium(), f"{server}/#/experiments/{home}/runs", str(tmp_path / "mlflow.png"), *CHROMIUM_FLAGS],
+                            capture_output=True, text=True, timeout=240)
+    assert opened.returncode == 0 and (tmp_path / "mlflow.png").stat().st_size > 10_000, opened.stderr
 
 
 def test_a_server_that_is_down_costs_no_run(run, tmp_path, capsys, monkeypatch):
