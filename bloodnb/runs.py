@@ -111,7 +111,8 @@ def _check_output(output: Path, partial: Path, overwrite: bool) -> None:
 def _was_alive(pid: int, moment: float) -> bool:
     "Whether the process runs and already ran at `moment` (seconds since 1970): a later one has only inherited the number."
     try:
-        return psutil.Process(pid).create_time() <= moment
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= moment
     except psutil.Error:
         return False
 
