@@ -66,13 +66,16 @@ def trainings(folder: Path, rounds: int) -> Path:
             before = processor_seconds()
             found[name].append(seconds_of(way))
             used[name].append(processor_seconds() - before)
-    stages = [json.loads((folder / "results" / f"run-{i}" / "run.json").read_bytes())["stages"] for i in range(rounds)]
+    made = {"worker": folder / "results", "script": folder}
+    training = {name: [json.loads((root / f"{'run' if name == 'worker' else 'script'}-{i}" / "run.json").read_bytes())["stages"]["train"] for i in range(rounds)] for name, root in made.items()}
     worker, script = (statistics.median(found[name]) for name in ("worker", "script"))
+    besides = {name: statistics.median(whole - trained for whole, trained in zip(found[name], training[name])) for name in found}
     print(f"train.ipynb, recipe demo, 2 epochs, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores, median of {rounds}:")
     print(f"  by a worker, papermill and a kernel   {worker:6.1f} s   ({', '.join(f'{value:.1f}' for value in found['worker'])})")
     print(f"  the same cells as a script            {script:6.1f} s   ({', '.join(f'{value:.1f}' for value in found['script'])})", flush=True)
     print(f"  processor seconds                     {statistics.median(used['worker']):6.1f} and {statistics.median(used['script']):.1f}, which other work on the machine changes less")
-    print(f"  difference {worker - script:.1f} s, ratio {worker / script:.2f}; the run itself records {statistics.median(stage['train'] for stage in stages):.1f} s of training")
+    print(f"  of these, training                    {statistics.median(training['worker']):6.1f} and {statistics.median(training['script']):.1f}, by the runs' own records")
+    print(f"  besides training                      {besides['worker']:6.1f} and {besides['script']:.1f}: difference {besides['worker'] - besides['script']:.1f} s, ratio {besides['worker'] / besides['script']:.2f}; in all, ratio {worker / script:.2f}")
     return folder / "results" / "run-0"
 
 
