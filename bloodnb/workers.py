@@ -232,12 +232,12 @@ if os.getppid() != int(sys.argv[1]):
 os.execv(sys.argv[2], sys.argv[2:])"""
 
 # Papermill, without a package that jsonschema takes where it finds it: 2 s of grammar at each start, for a check of addresses that notebooks do not use.
-_PAPERMILL = "import sys; sys.modules['rfc3987_syntax'] = None; from papermill.__main__ import papermill; papermill()"
+_PAPERMILL = "import sys; del sys.argv[0]; sys.modules['rfc3987_syntax'] = None; from papermill.__main__ import papermill; papermill()"
 
 def papermill_command(task: Task, output: str | Path, notebook: str | Path) -> list[str]:
     """The words that run a task's notebook into the folder `output`, and write what is executed to `notebook`."""
     given = yaml.safe_dump({**task.parameters, "output": str(output)}, default_flow_style=True, allow_unicode=True, width=2**30, sort_keys=False)
-    return [sys.executable, "-c", _PAPERMILL, task.notebook, str(notebook), "--no-progress-bar", "--autosave-cell-every", "5", "--parameters_yaml", given.strip()]
+    return [sys.executable, "-c", _PAPERMILL, "papermill", task.notebook, str(notebook), "--no-progress-bar", "--autosave-cell-every", "5", "--parameters_yaml", given.strip()]
 
 # %% ../nbs/10_workers.ipynb #1470df66
 def _start(task: Task, store: Any) -> tuple[subprocess.Popen, Path]:

@@ -107,7 +107,7 @@ def papermills(store: Path) -> list[psutil.Process]:
     found = []
     for process in processes_of(store):
         with suppress(psutil.Error):
-            if any("papermill" in word for word in process.cmdline()):
+            if "papermill" in process.cmdline():
                 found.append(process)
     return found
 
