@@ -252,7 +252,7 @@ def check_choice(kind: str, name: str, names: Sequence[str]) -> None:
         raise ValueError(f"{kind} is {name!r}: {unknown_name(kind, name, list(names))}")
 
 # %% ../nbs/12_submission.ipynb #1a06ada7
-Combination = WeightedMean | LogisticStack | DenseStack
+Combination = WeightedMean | LogisticStack | DenseStack  # how the members of an ensemble are put together
 
 def read_trained(folder: str | Path) -> tuple[list[TrainedModel], Combination]:
     """What a run hands in: its trained models, one or those of an ensemble, and their combination.
