@@ -31,6 +31,8 @@ BEFORE = {"evaluate.ipynb": TRAINED, "submit.ipynb": TRAINED, "ensemble.ipynb": 
 # TensorFlow's start-up lines go to stderr whatever its settings (tensorflow issue 100442), with process ids in them; so do progress bars.
 NOISE = re.compile(r"absl::InitializeLog|^[IWE]0000 |\r|\A\s*\Z", re.M)
 
+WIDGET = "application/vnd.jupyter.widget-view+json"  # lives with its kernel alone
+
 
 def run_library(path: Path):
     notebook = nbformat.read(path, as_version=4)
@@ -55,13 +57,13 @@ def run_job(path: Path):
 def main() -> None:
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     os.environ["PYTHONPATH"] = str(ROOT)
-    paths = [Path(name).resolve() for name in sys.argv[1:]] or sorted((ROOT / "nbs").glob("*.ipynb"))
+    paths = [Path(name).resolve() for name in sys.argv[1:]] or sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if not any(part[0] in "._" for part in path.relative_to(ROOT).parts))
     for path in paths:
         print(path.name, flush=True)
-        notebook = run_library(path) if re.match(r"\d\d_", path.name) else run_job(path)
+        notebook = run_library(path) if re.match(r"\d\d_", path.name) or path.parent.name == "tutorials" else run_job(path)
         for cell in notebook.cells:
             if cell.cell_type == "code":
-                cell.outputs = [o for o in cell.outputs if not (o.get("name") == "stderr" and NOISE.search(o.text))]
+                cell.outputs = [o for o in cell.outputs if not (o.get("name") == "stderr" and NOISE.search(o.text)) and WIDGET not in o.get("data", {})]
         nbformat.write(notebook, path)
         subprocess.run([Path(sys.executable).with_name("nbdev_clean"), "--fname", path], check=True)
 
