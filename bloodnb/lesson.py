@@ -179,7 +179,7 @@ def _sheet(grid: SeverityGrid, side: int) -> Image.Image:
 def _jpeg(picture: Image.Image, quality: int) -> str:
     "A picture as an address that holds it."
     file = io.BytesIO()
-    picture.save(file, "JPEG", quality=quality, optimize=True, subsampling=0)
+    picture.save(file, "JPEG", quality=quality, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 def _cell_names(cells: CellImages) -> list[str]:
@@ -229,9 +229,7 @@ _SCRIPT = """
   const sheet = find(".sheet img"), board = find(".board"), slider = find("input"), [cell, change] = page.querySelectorAll("select");
   const percent = share => `${(100 * share).toFixed(0)} %`;
   function drawTile(canvas, column, row, text) {
-    const context = canvas.getContext("2d");
-    context.imageSmoothingQuality = "high";
-    context.drawImage(sheet, column * state.side, row * state.side, state.side, state.side, 0, 0, canvas.width, canvas.height);
+    canvas.getContext("2d").drawImage(sheet, column * state.side, row * state.side, state.side, state.side, 0, 0, state.side, state.side);
     canvas.setAttribute("aria-label", text);
   }
   function show() {
@@ -269,10 +267,10 @@ def _board(cells: Sequence[str], changes: Sequence[str], class_names: Sequence[s
             f'<label class="slider"><span>Severity: <span class="step"></span></span><input type="range" min="0" max="{STEPS[-1]}" step="1" value="0" autocomplete="off">'
             f'<span class="ticks" aria-hidden="true">{"".join(f"<span>{step}</span>" for step in STEPS)}</span></label></div>'
             '<p class="verdict" role="status"></p><div class="result"><div class="views">'
-            + "".join(f'<figure><canvas width="{4 * side}" height="{4 * side}" role="img"></canvas><figcaption class="{kind}">The picture</figcaption></figure>' for kind in ("picture", "heat"))
+            + "".join(f'<figure><canvas width="{side}" height="{side}" role="img"></canvas><figcaption class="{kind}">The picture</figcaption></figure>' for kind in ("picture", "heat"))
             + f'</div><table><caption>Probability of each class{" (violet: the true one)" if truth else ""}</caption><tbody>{rows}</tbody></table></div></div>')
 
-def severity_page(grid: SeverityGrid, side: int = 64, quality: int = 80) -> str:
+def severity_page(grid: SeverityGrid, side: int = 64, quality: int = 76) -> str:
     """A grid as a piece of HTML to move through: needs no kernel, no library and no network.
 
     Parameters
