@@ -31,6 +31,8 @@ BEFORE = {"evaluate.ipynb": TRAINED, "submit.ipynb": TRAINED, "ensemble.ipynb": 
 # TensorFlow's start-up lines go to stderr whatever its settings (tensorflow issue 100442), with process ids in them; so do progress bars.
 NOISE = re.compile(r"absl::InitializeLog|^[IWE]0000 |\r|\A\s*\Z", re.M)
 
+WIDGET = "application/vnd.jupyter.widget-view+json"  # lives with its kernel alone
+
 
 def run_library(path: Path):
     notebook = nbformat.read(path, as_version=4)
@@ -61,7 +63,7 @@ def main() -> None:
         notebook = run_job(path) if path.parent.name == "nbs" and not re.match(r"\d\d_", path.name) else run_library(path)
         for cell in notebook.cells:
             if cell.cell_type == "code":
-                cell.outputs = [o for o in cell.outputs if not (o.get("name") == "stderr" and NOISE.search(o.text))]
+                cell.outputs = [o for o in cell.outputs if not (o.get("name") == "stderr" and NOISE.search(o.text)) and WIDGET not in o.get("data", {})]
         nbformat.write(notebook, path)
         subprocess.run([Path(sys.executable).with_name("nbdev_clean"), "--fname", path], check=True)
 

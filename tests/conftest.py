@@ -2,6 +2,7 @@
 import os
 from pathlib import Path
 
+import browser as chromium
 import pytest
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # here and in every process that a test starts
@@ -52,3 +53,15 @@ def real_data() -> Path:
 def weights_dir() -> Path:
     """The folder of published weights: `BLOODNB_WEIGHTS`, else `shared/weights` beside the checkout."""
     return folder_or_skip("BLOODNB_WEIGHTS", ROOT.parent / "shared" / "weights")
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium, one for all tests of a process: Playwright does not run twice in one."""
+    executable = chromium.find_chromium()
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=executable, args=chromium.FLAGS)
+        yield opened
+        opened.close()

@@ -187,26 +187,19 @@ def test_comparison_reads_what_is_there(runs, stack, tmp_path):
     assert metrics["pair"]["notice"] and "McNemar" in (tmp_path / "out.ipynb").read_text()
 
 
-def test_the_table_sorts_and_filters_in_a_browser(tmp_path):
-    from test_site import CHROMIUM_FLAGS, find_chromium
-
-    executable = find_chromium()
-    from playwright.sync_api import sync_playwright
-
+def test_the_table_sorts_and_filters_in_a_browser(tmp_path, browser):
     rows = pd.DataFrame([{**dict.fromkeys(comparison.COLUMNS), "run": name, "drawn": name == "b", "accuracy": accuracy, "size_mb": size}
                          for name, accuracy, size in (("a", 0.9, 10.0), ("b", 0.95, 9.0), ("c", 0.5, np.nan))])
     (tmp_path / "table.html").write_text(comparison.show_table(rows, ["run", "accuracy", "size_mb"])._repr_html_())
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, args=CHROMIUM_FLAGS)
-        page = browser.new_page()
-        page.goto((tmp_path / "table.html").as_uri())
+    page = browser.new_page()
+    page.goto((tmp_path / "table.html").as_uri())
 
-        def shown(click: str) -> list[str]:
-            page.get_by_role("button", name=click).click()
-            return [cell.inner_text() for cell in page.locator("tbody tr:visible td:first-child").all()]
+    def shown(click: str) -> list[str]:
+        page.get_by_role("button", name=click).click()
+        return [cell.inner_text() for cell in page.locator("tbody tr:visible td:first-child").all()]
 
-        assert shown("accuracy") == ["b (drawn cells)", "a", "c"] and shown("accuracy") == ["c", "a", "b (drawn cells)"], "scores fall first, then rise"
-        assert shown("size mb") == ["b (drawn cells)", "a", "c"] and shown("size mb") == ["a", "b (drawn cells)", "c"], "9 before 10, and what is missing last"
-        page.get_by_role("searchbox").fill("drawn")
-        assert shown("run") == ["b (drawn cells)"]
-        browser.close()
+    assert shown("accuracy") == ["b (drawn cells)", "a", "c"] and shown("accuracy") == ["c", "a", "b (drawn cells)"], "scores fall first, then rise"
+    assert shown("size mb") == ["b (drawn cells)", "a", "c"] and shown("size mb") == ["a", "b (drawn cells)", "c"], "9 before 10, and what is missing last"
+    page.get_by_role("searchbox").fill("drawn")
+    assert shown("run") == ["b (drawn cells)"]
+    page.close()

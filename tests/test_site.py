@@ -1,6 +1,5 @@
 """The site as a reader meets it: rendered, then opened in a real browser."""
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -19,8 +18,6 @@ NOTEBOOKS = [p.relative_to(ROOT) for p in sorted((ROOT / "nbs").rglob("*.ipynb")
 each_notebook = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=str)
 # Left out of the copy: what is made, what is large.
 NOT_FOR_THE_SITE = [".git", ".venv", "_runs", "_docs", "_proc", "__pycache__", "build", "dist", "data", "*.egg-info", "*.npz", "*.zip"]
-# Chromium asks for its own services at every start; a test has no business with them.
-CHROMIUM_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 
 
 def page_of(notebook: Path) -> str:
@@ -55,25 +52,6 @@ def address(site):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/"
         server.shutdown()
-
-
-def find_chromium() -> str:
-    names = [os.environ.get("BLOODNB_CHROMIUM"), "chromium", "chromium-browser", "google-chrome"]
-    found = next((shutil.which(name) for name in names if name and shutil.which(name)), None)
-    if found is None:
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)("no Chromium: install the package chromium, or set BLOODNB_CHROMIUM to a browser")
-    return found
-
-
-@pytest.fixture(scope="session")
-def browser():
-    executable = find_chromium()
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=executable, args=CHROMIUM_FLAGS)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture

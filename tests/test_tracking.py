@@ -108,10 +108,10 @@ with sync_playwright() as playwright:
 
 def test_the_page_shows_the_run(run, server, client, tmp_path):
     """In a process of its own: other tests of this one may have left an event loop at work, which Playwright refuses."""
-    from test_site import CHROMIUM_FLAGS, find_chromium
+    from browser import FLAGS, find_chromium
 
     home = client.get_experiment_by_name("bloodnb").experiment_id
-    opened = subprocess.run([sys.executable, "-c", PAGE, find_chromium(), f"{server}/#/experiments/{home}/runs", str(tmp_path / "mlflow.png"), *CHROMIUM_FLAGS],
+    opened = subprocess.run([sys.executable, "-c", PAGE, find_chromium(), f"{server}/#/experiments/{home}/runs", str(tmp_path / "mlflow.png"), *FLAGS],
                             capture_output=True, text=True, timeout=240)
     assert opened.returncode == 0 and (tmp_path / "mlflow.png").stat().st_size > 10_000, opened.stderr
 
