@@ -55,10 +55,10 @@ def run_job(path: Path):
 def main() -> None:
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     os.environ["PYTHONPATH"] = str(ROOT)
-    paths = [Path(name).resolve() for name in sys.argv[1:]] or sorted((ROOT / "nbs").glob("*.ipynb"))
+    paths = [Path(name).resolve() for name in sys.argv[1:]] or sorted([*(ROOT / "nbs").glob("*.ipynb"), *(ROOT / "nbs" / "tutorials").glob("*.ipynb")])
     for path in paths:
         print(path.name, flush=True)
-        notebook = run_library(path) if re.match(r"\d\d_", path.name) else run_job(path)
+        notebook = run_library(path) if re.match(r"\d\d_", path.name) or path.parent.name == "tutorials" else run_job(path)
         for cell in notebook.cells:
             if cell.cell_type == "code":
                 cell.outputs = [o for o in cell.outputs if not (o.get("name") == "stderr" and NOISE.search(o.text))]
