@@ -104,6 +104,13 @@ def test_job_notebook_takes_parameters_and_exports_nothing(notebook):
     assert not flags, f"{notebook}: papermill runs every cell, whatever its flags; got {flags}. Take them out of the job."
 
 
+def test_tutorials_name_tests_that_exist():
+    texts = "".join(c.source for p in NOTEBOOKS if p.parent.name == "tutorials" for c in cells_of(p) if c.cell_type == "markdown")
+    named = set(re.findall(r"`(tests/\w+\.py)::(\w+)`", texts))
+    missing = sorted(f"{file}::{name}" for file, name in named if not (ROOT / file).is_file() or f"def {name}(" not in (ROOT / file).read_text())
+    assert named and not missing, f"tests that a tutorial names and that do not exist: {missing}. Correct the tutorial's table."
+
+
 def test_sidebar_lists_every_notebook():
     sidebar = (ROOT / "_quarto.yml").read_text()
     listed = set(re.findall(r"^ *- (nbs/\S+\.ipynb)$", sidebar, re.M))
