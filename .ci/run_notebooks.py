@@ -3,7 +3,7 @@
     python .ci/run_notebooks.py                        # every notebook
     python .ci/run_notebooks.py nbs/04_models.ipynb    # some
 
-A job runs under papermill with the demo's parameters, and its outputs are kept without papermill's own cell.
+Library notebooks and tutorials run in their own folder. A job runs under papermill with the demo's parameters, and its outputs are kept without papermill's own cell.
 """
 import os
 import re
@@ -55,10 +55,11 @@ def run_job(path: Path):
 def main() -> None:
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     os.environ["PYTHONPATH"] = str(ROOT)
-    paths = [Path(name).resolve() for name in sys.argv[1:]] or sorted((ROOT / "nbs").glob("*.ipynb"))
+    paths = [Path(name).resolve() for name in sys.argv[1:]] or sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if not any(part[0] in "._" for part in path.relative_to(ROOT).parts))
     for path in paths:
         print(path.name, flush=True)
-        notebook = run_library(path) if re.match(r"\d\d_", path.name) else run_job(path)
+        is_job = path.parent.name == "nbs" and not re.match(r"\d\d_", path.name)
+        notebook = run_job(path) if is_job else run_library(path)
         for cell in notebook.cells:
             if cell.cell_type == "code":
                 cell.outputs = [o for o in cell.outputs if not (o.get("name") == "stderr" and NOISE.search(o.text))]
