@@ -3,7 +3,7 @@
     python .ci/run_notebooks.py                        # every notebook
     python .ci/run_notebooks.py nbs/04_models.ipynb    # some
 
-A job runs under papermill with the demo's parameters, and its outputs are kept without papermill's own cell.
+Library notebooks and tutorials run in their own folder. A job runs under papermill with the demo's parameters, and its outputs are kept without papermill's own cell.
 """
 import os
 import re

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = [p.relative_to(ROOT) for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if not any(part[0] in "._" for part in p.relative_to(ROOT).parts)]
 LIBRARY = [p for p in NOTEBOOKS if re.match(r"\d\d_", p.name)]
 JOBS = [p for p in NOTEBOOKS if p not in LIBRARY and p.parent.name == "nbs"]
+TUTORIALS = [p for p in NOTEBOOKS if p.parent.name == "tutorials"]
 each_notebook = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=str)
 
 
@@ -104,11 +105,43 @@ def test_job_notebook_takes_parameters_and_exports_nothing(notebook):
     assert not flags, f"{notebook}: papermill runs every cell, whatever its flags; got {flags}. Take them out of the job."
 
 
+<<<<<<< HEAD
 def test_tutorials_name_tests_that_exist():
     texts = "".join(c.source for p in NOTEBOOKS if p.parent.name == "tutorials" for c in cells_of(p) if c.cell_type == "markdown")
     named = set(re.findall(r"`(tests/\w+\.py)::(\w+)`", texts))
     missing = sorted(f"{file}::{name}" for file, name in named if not (ROOT / file).is_file() or f"def {name}(" not in (ROOT / file).read_text())
     assert named and not missing, f"tests that a tutorial names and that do not exist: {missing}. Correct the tutorial's table."
+=======
+@pytest.mark.parametrize("notebook", TUTORIALS, ids=str)
+def test_tutorial_exports_nothing(notebook):
+    flags = [f for c in cells_of(notebook) if c.cell_type == "code" for f in re.findall(r"^#\| *(export\w?|default_exp)\b|nbdev_export\(\)", c.source, re.M)]
+    assert not flags, f"{notebook}: a lesson uses the library and makes none of it; got {len(flags)} cells that export. Move them to a library notebook."
+
+
+@pytest.mark.parametrize("notebook", TUTORIALS, ids=str)
+def test_tutorial_was_run_from_top_to_bottom(notebook):
+    """nbdev_clean takes the counts of cells away, so it is the last expressions that must have left something."""
+    code = [c for c in cells_of(notebook) if c.cell_type == "code" and not c.source.startswith("#| hide")]
+    silent = [c.source[:60] for c in code if isinstance(ast.parse(c.source).body[-1], ast.Expr) and not c.outputs]
+    assert not silent, f"{notebook}: cells that end in a value and show none: {silent}. Run make outputs NOTEBOOKS={notebook}."
+
+
+@pytest.mark.parametrize("notebook", TUTORIALS, ids=str)
+def test_each_figure_of_a_tutorial_is_told_in_words(notebook):
+    """Quarto gives `fig-alt` to the picture; without it a screen reader says nothing."""
+    wordless = []
+    for cell in cells_of(notebook):
+        if any(kind.startswith("image/") for o in cell.get("outputs", []) for kind in o.get("data", {})) and not re.search(r"^#\| fig-alt: \"[^\"]{20,}\"$", cell.source, re.M):
+            wordless.append(cell.source[:60])
+    assert not wordless, f'{notebook}: figures without a line `#| fig-alt: "..."` of 20 letters or more: {wordless}'
+
+
+@pytest.mark.parametrize("notebook", TUTORIALS, ids=str)
+def test_links_of_a_tutorial_lead_to_files(notebook):
+    links = [link for c in cells_of(notebook) if c.cell_type == "markdown" for link in re.findall(r"\]\((?!https?://|#)([^)#\s]+)", c.source)]
+    lost = [link for link in links if not (ROOT / notebook).parent.joinpath(link).is_file()]
+    assert not lost, f"{notebook}: links to files that are not there: {lost}"
+>>>>>>> ce6ed0d36df7ae9c16e1f52018664205a180c580
 
 
 def test_sidebar_lists_every_notebook():
