@@ -105,13 +105,13 @@ def test_job_notebook_takes_parameters_and_exports_nothing(notebook):
     assert not flags, f"{notebook}: papermill runs every cell, whatever its flags; got {flags}. Take them out of the job."
 
 
-<<<<<<< HEAD
 def test_tutorials_name_tests_that_exist():
     texts = "".join(c.source for p in NOTEBOOKS if p.parent.name == "tutorials" for c in cells_of(p) if c.cell_type == "markdown")
     named = set(re.findall(r"`(tests/\w+\.py)::(\w+)`", texts))
     missing = sorted(f"{file}::{name}" for file, name in named if not (ROOT / file).is_file() or f"def {name}(" not in (ROOT / file).read_text())
     assert named and not missing, f"tests that a tutorial names and that do not exist: {missing}. Correct the tutorial's table."
-=======
+
+
 @pytest.mark.parametrize("notebook", TUTORIALS, ids=str)
 def test_tutorial_exports_nothing(notebook):
     flags = [f for c in cells_of(notebook) if c.cell_type == "code" for f in re.findall(r"^#\| *(export\w?|default_exp)\b|nbdev_export\(\)", c.source, re.M)]
@@ -141,7 +141,6 @@ def test_links_of_a_tutorial_lead_to_files(notebook):
     links = [link for c in cells_of(notebook) if c.cell_type == "markdown" for link in re.findall(r"\]\((?!https?://|#)([^)#\s]+)", c.source)]
     lost = [link for link in links if not (ROOT / notebook).parent.joinpath(link).is_file()]
     assert not lost, f"{notebook}: links to files that are not there: {lost}"
->>>>>>> ce6ed0d36df7ae9c16e1f52018664205a180c580
 
 
 def test_sidebar_lists_every_notebook():

@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = [p.relative_to(ROOT) for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if not any(part[0] in "._" for part in p.relative_to(ROOT).parts)]
+PAGES = [*NOTEBOOKS, *(p.relative_to(ROOT) for p in sorted((ROOT / "nbs" / "guides").glob("*.md")))]
 each_notebook = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=str)
 # Left out of the copy: what is made, what is large.
 NOT_FOR_THE_SITE = [".git", ".venv", "_runs", "_docs", "_proc", "__pycache__", "build", "dist", "data", "*.egg-info", "*.npz", "*.zip"]
@@ -56,15 +57,23 @@ def address(site):
 
 @pytest.fixture
 def tab(browser, address):
-    """A browser tab that reaches the site alone, and fails the test on a script error."""
+    """A browser tab that reaches the site alone, and fails the test on a script error or a request beyond the site."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
-    context.route("**/*", lambda route: route.continue_() if route.request.url.startswith((address, "data:")) else route.abort())
+    beyond, errors = [], []
+
+    def answer(route):
+        if route.request.url.startswith((address, "data:", "blob:")):
+            return route.continue_()
+        beyond.append(route.request.url)
+        route.abort()
+
+    context.route("**/*", answer)
     page = context.new_page()
-    errors = []
     page.on("pageerror", lambda error: errors.append(error))
     yield page
     context.close()
     assert not errors, f"script errors on the page: {[str(e) for e in errors]}"
+    assert not beyond, f"the page asks for addresses beyond the site: {beyond}"
 
 
 def test_index_shows_the_readme(tab, address):
@@ -77,8 +86,21 @@ def test_index_shows_the_readme(tab, address):
 def test_sidebar_leads_to_every_notebook(tab, address):
     tab.goto(address)
     links = {urljoin(address, a.get_attribute("href")) for a in tab.locator("#quarto-sidebar a[href]").all()}
-    missing = [str(n) for n in NOTEBOOKS if address + page_of(n) not in links]
+    missing = [str(n) for n in PAGES if address + page_of(n) not in links]
     assert not missing, f"not in the sidebar: {missing}. List them in _quarto.yml."
+
+
+def test_sidebar_order_is_reading_order(tab, address):
+    """As _quarto.yml has it, the library by its numbers, and each page's link to the next leads to the one below."""
+    wanted = [page_of(Path(entry)) for entry in re.findall(r"^ +- (?:href: )?(nbs/\S+)$", (ROOT / "_quarto.yml").read_text().partition("  sidebar:")[2], re.M)]
+    numbers = [int(name[4:6]) for name in re.findall(r"^ +- (nbs/\d\d_\S+)$", (ROOT / "_quarto.yml").read_text(), re.M)]
+    tab.goto(address)
+    shown = [urljoin(address, a.get_attribute("href")).removeprefix(address) for a in tab.locator("#quarto-sidebar a.sidebar-item-text[href], #quarto-sidebar a.sidebar-link[href]").all()]
+    assert list(dict.fromkeys(page for page in shown if page.startswith("nbs/"))) == wanted and numbers == sorted(numbers)
+    for page, after in list(zip(wanted, wanted[1:]))[::5]:
+        tab.goto(address + page)
+        (following,) = tab.locator(".nav-page-next a[href]").all()
+        assert urljoin(address + page, following.get_attribute("href")) == address + after, page
 
 
 @each_notebook
@@ -88,16 +110,19 @@ def test_notebook_page(tab, address, notebook):
     first_cell = json.loads((ROOT / notebook).read_text())["cells"][0]["source"]
     heading = re.search(r"^# (.+)", "".join(first_cell), re.M)[1]
     assert tab.locator("h1").first.inner_text().strip() == re.sub(r"[`*]", "", heading).strip()
+    tab.locator("main img").evaluate_all("images => Promise.all(images.map(i => (i.loading = 'eager', i.decode().catch(() => null))))")
     widths = tab.locator("main img").evaluate_all("images => images.map(i => i.naturalWidth)")
+    unsaid = tab.locator("main img").evaluate_all("images => images.filter(i => !i.alt).length")
+    assert not unsaid, f"{notebook}: {unsaid} pictures without a text for those who do not see them. Give their cells a line `#| fig-alt: ...`."
     assert all(widths), f"{notebook}: pictures that do not show on its page (widths {widths})"
     assert widths or not has_picture(notebook), f"{notebook} holds figures, but its page shows none"
 
 
-@pytest.mark.parametrize("width", [1280, 400])
+@pytest.mark.parametrize("width", [1280, 390])
 def test_pages_fit_the_window(tab, address, width):
     tab.set_viewport_size({"width": width, "height": 900})
-    for page in ["index.html", *map(page_of, NOTEBOOKS)]:
-        tab.goto(address + page)
+    for page in ["index.html", "CHANGELOG.html", "CONTRIBUTING.html", *map(page_of, PAGES)]:
+        assert tab.goto(address + page).ok, page
         overflow = tab.evaluate("document.documentElement.scrollWidth - window.innerWidth")
         assert overflow <= 0, f"{page} is {overflow} px wider than a window of {width} px"
 
@@ -105,7 +130,42 @@ def test_pages_fit_the_window(tab, address, width):
 def test_search_finds_a_page(tab, address):
     tab.goto(address)
     index = tab.evaluate("fetch('search.json').then(r => r.json())")
-    assert {page_of(n) for n in NOTEBOOKS} <= {entry["href"].split("#")[0] for entry in index}
+    assert {page_of(n) for n in PAGES} <= {entry["href"].split("#")[0] for entry in index}
+
+
+def test_search_finds_clean(tab, address):
+    """Typed as a reader does."""
+    tab.goto(address)
+    tab.locator(".navbar input[type=search], #quarto-search input").first.press_sequentially("clean")
+    found = tab.locator("a[href*='cleaning.html']:visible, a[href*='clean.html']:visible")
+    found.first.wait_for(timeout=10_000)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_stands_out_from_the_page(tab, address, scheme):
+    """WCAG's ratio of luminances is 4.5 or more for text and links."""
+    tab.emulate_media(color_scheme=scheme)
+    tab.goto(address + "nbs/guides/own_backbone.html")
+    colours = tab.evaluate("""() => ['p', 'main p a', 'main p code', 'h2', 'main pre code', '#quarto-sidebar a'].map(name => {
+        const at = document.querySelector('main ' + name) ?? document.querySelector(name);
+        let under = at;
+        while (under.parentElement && /rgba\\(.*, 0\\)|transparent/.test(getComputedStyle(under).backgroundColor)) under = under.parentElement;
+        return [name, getComputedStyle(at).color, getComputedStyle(under).backgroundColor]})""")
+
+    def luminance(text: str) -> float:
+        r, g, b = ((c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4) for c in map(float, re.findall(r"[\d.]+", text)[:3]))
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+    for name, text, ground in colours:
+        low, high = sorted((luminance(text), luminance(ground)))
+        assert (high + 0.05) / (low + 0.05) >= 4.5, f"{name} in the {scheme} theme: {text} on {ground}"
+    assert (luminance(colours[0][2]) > 0.5) == (scheme == "light")
+
+
+def test_a_link_to_the_site_has_a_picture(site):
+    head = (site / "index.html").read_text().partition("</head>")[0]
+    (picture,) = set(re.findall(r'<meta (?:property="og:image"|name="twitter:image") content="([^"]+)"', head))
+    assert picture.endswith("nbs/images/card.jpg") and (site / "nbs" / "images" / "card.jpg").is_file()
 
 
 class Links(HTMLParser):
