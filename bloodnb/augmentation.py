@@ -727,7 +727,7 @@ def keras_cv_dataset(cells: CellImages, name: str, epochs: int | None = 1, batch
     epochs, batch_size : int
         Epochs None is a stream without end.
     seed : int
-        Of the order of the pictures, and of TensorFlow's global generator, which this sets; KerasCV's layers do not repeat whatever the seed.
+        Of the order of the pictures, and of TensorFlow's global generator, which this sets; in a pipeline KerasCV's layers do not repeat, whatever the seed.
 
     Returns
     -------
