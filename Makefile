@@ -6,10 +6,10 @@ BIN := .venv/bin
 export TF_CPP_MIN_LOG_LEVEL := 3
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs outputs lock clean
+.PHONY: help demo test docs docs-preview outputs lock clean
 
 help:  ## list these targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' | while IFS='|' read -r target what; do printf 'make %-7s %s\n' "$$target" "$$what"; done
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | while IFS='|' read -r target what; do printf 'make %-12s %s\n' "$$target" "$$what"; done
 
 demo: .venv/installed  ## set up, then train on drawn cells: offline, about a minute once set up
 	@mkdir -p _runs
@@ -23,6 +23,9 @@ test: .venv/installed  ## check everything: library in step, notebooks, jobs, th
 
 docs: .venv/installed  ## render the site into _docs (with Quarto where it is installed, else with smalldocs)
 	@$(BIN)/python .ci/render_site.py
+
+docs-preview: .venv/installed  ## render the site and serve it on this machine
+	@$(BIN)/python .ci/render_site.py --preview
 
 outputs: .venv/installed  ## run the notebooks in place, so that they show what this code does; some with NOTEBOOKS="nbs/04_models.ipynb ..."
 	@$(BIN)/python .ci/run_notebooks.py $(NOTEBOOKS)

@@ -38,6 +38,7 @@ def site(tmp_path_factory) -> Path:
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*NOT_FOR_THE_SITE))
     run = subprocess.run([sys.executable, ".ci/render_site.py"], cwd=copy, capture_output=True, text=True)
     assert run.returncode == 0, f"the site does not render:\n{run.stdout}{run.stderr}"
+    assert "rendered by Quarto" in run.stdout or "a stand-in for Quarto" in run.stdout
     return copy / "_docs"
 
 
