@@ -81,7 +81,7 @@ def test_cell_and_change_are_chosen_by_name(opened):
     assert min(np.abs(np.subtract(a, b)).max() for a, b in zip(looks, looks[1:])) > 1, "each control changes the picture"
     assert picture.get_attribute("aria-label") == "lymphocyte, cutout, severity 5: the picture"
     tab.get_by_role("slider").fill("0")
-    assert picture.evaluate(COLOUR) == looks[1], "severity 0 is the same picture under each change"
+    assert np.allclose(picture.evaluate(COLOUR), looks[1], atol=0.5), "severity 0 is the same picture under each change"
 
 
 @pytest.mark.parametrize("theme", THEMES)
