@@ -163,6 +163,18 @@ def test_versions_agree():
     settings.read(ROOT / "settings.ini")
     got = re.search(r'__version__ = "(.+)"', (ROOT / "bloodnb" / "__init__.py").read_text())[1]
     assert got == settings["DEFAULT"]["version"], "bloodnb/__init__.py has another version than settings.ini. Run nbdev_export."
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys(), "what a citation file must have: https://citation-file-format.github.io"
+    assert str(citation["version"]) == got and citation["license"] == "Apache-2.0"
+
+
+def test_workflows_call_targets_that_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    called = set()
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+        for job in yaml.safe_load(path.read_text())["jobs"].values():
+            called |= {target for step in job["steps"] for target in re.findall(r"\bmake ([a-z-]+)", step.get("run", ""))}
+    assert called == {"test", "docs"} <= targets
 
 
 def test_environment_files_agree():
