@@ -681,23 +681,20 @@ class _Dispatch:
     def hear(self, stream: Any, task: Task) -> None:
         "Take the next word from a worker, or notice that there will be none."
         try:
-            said = self.ray.get(next(stream))
+            said, gone = self.ray.get(next(stream)), False
         except Exception as error:  # of Ray, or what `work` raised
-            del self.running[stream]
-            self.lose(task, error) if isinstance(error, _losses(self.ray)) else self.end(Outcome(task.id, "failed", error=_last_words(error)))
-            return
-        if "state" in said:
-            del self.running[stream]
-            self.end(Outcome(**said))
-        else:
-            self.on_start(task)
+            said, gone = asdict(Outcome(task.id, "failed", error=_last_words(error))), isinstance(error, _losses(self.ray))
+        if "state" not in said:
+            return self.on_start(task)
+        del self.running[stream]
+        self.lose(task, said["error"]) if gone else self.end(Outcome(**said))
 
-    def lose(self, task: Task, error: Exception) -> None:
+    def lose(self, task: Task, error: str) -> None:
         self.lost[task.id] += 1
         if self.lost[task.id] <= self.runner.losses:
             self.waiting.appendleft(task)
         else:
-            self.end(Outcome(task.id, "lost", error=f"its worker was lost {self.lost[task.id]} times, at last by {_last_words(error)}", attempts=0))
+            self.end(Outcome(task.id, "lost", error=f"its worker was lost {self.lost[task.id]} times, at last by {error}", attempts=0))
 
     def end(self, outcome: Outcome) -> None:
         outcome = replace(outcome, attempts=outcome.attempts + self.lost[outcome.id])

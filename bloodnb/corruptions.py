@@ -334,8 +334,8 @@ def corrupt(cells: CellImages, suite: str, corruption: str, severity: int | np.n
     cells : CellImages
     suite, corruption : str
         Keys of `SUITES` and of the suite.
-    severity : int 1..5, or array of them, shape (n,), optional
-        By default each picture has one of its own (`severities_of`).
+    severity : int 0..5, or array of them, shape (n,), optional
+        0 leaves a picture as it is; by default each has one of 1 to 5 of its own (`severities_of`).
     seed : int
         0 to 2**32 - 1; another seed, another draw of the suite.
 
@@ -347,16 +347,16 @@ def corrupt(cells: CellImages, suite: str, corruption: str, severity: int | np.n
     Raises
     ------
     ValueError
-        If a name is unknown (with the nearest ones) or a severity is not 1 to 5.
+        If a name is unknown (with the nearest ones) or a severity is not 0 to 5.
     """
     members = find_suite(suite)
     if corruption not in members:
         raise ValueError(unknown_name(f"corruption of the suite {suite}", corruption, members))
     chosen = severities_of(cells, suite, corruption, seed) if severity is None else np.broadcast_to(severity, len(cells))
-    if not np.isin(chosen, SEVERITIES).all():
-        raise ValueError(f"severity is {severity!r}; wanted 1 to 5, one for all pictures or one for each.")
+    if not np.isin(chosen, (0, *SEVERITIES)).all():
+        raise ValueError(f"severity is {severity!r}; wanted 0 (as it is) to 5, one for all pictures or one for each.")
     spoil = members[corruption]
-    images = [spoil(image, int(s), _generator(suite, corruption, seed, i)) for image, s, i in zip(cells.images, chosen, cells.index)]
+    images = [spoil(image, int(s), _generator(suite, corruption, seed, i)) if s else image for image, s, i in zip(cells.images, chosen, cells.index)]
     return replace(cells, images=np.stack(images) if images else cells.images)
 
 # %% ../nbs/06_corruptions.ipynb #ed9b8203

@@ -21,7 +21,7 @@ from PIL import Image
 
 from .cleaning import set_background
 from .corruptions import SEVERITIES, corrupt, find_suite
-from .data import CellImages, take, unknown_name
+from .data import CellImages, take
 from .explanation import grad_cam, overlay
 from .training import predict
 
@@ -40,30 +40,15 @@ def altered(cells: CellImages, severities: Mapping[str, int], suite: str = "home
     ----------
     cells : CellImages
     severities : mapping of str to int
-        Keys of the suite, each with 0 (leaves the pictures as they are) to 5.
-    suite : str
-        Key of `bloodnb.corruptions.SUITES`.
-    seed : int
-
-    Returns
-    -------
-    CellImages
-        The same cells, labels and indices with other pixels.
-
-    Raises
-    ------
-    ValueError
-        If a name is unknown (with the nearest ones) or a severity is not 0 to 5.
+        Corruptions of the suite, each with 0 (as it is) to 5.
+    suite, seed
+        See `bloodnb.corruptions.corrupt`, which also says what is returned and refused.
     """
-    members = find_suite(suite)
     for name, severity in severities.items():
-        if name not in members:
-            raise ValueError(unknown_name(f"corruption of the suite {suite}", name, members))
-        if severity not in STEPS:
-            raise ValueError(f"the severity of {name} is {severity!r}; wanted 0 (as it is) to {STEPS[-1]}.")
-        cells = corrupt(cells, suite, name, severity, seed) if severity else cells
+        cells = corrupt(cells, suite, name, severity, seed)
     return cells
 
+# %% ../nbs/07_lesson.ipynb #79091a7f
 def look(model: keras.Model, images: np.ndarray, background: str = "keep") -> tuple[np.ndarray, np.ndarray]:
     """What a model says of pictures, and what in them speaks for it.
 
@@ -107,6 +92,7 @@ class SeverityGrid:
     heatmaps: np.ndarray
     y_prob: np.ndarray
 
+# %% ../nbs/07_lesson.ipynb #8959c85e
 def severity_grid(model: keras.Model, cells: CellImages, corruptions: Sequence[str] = CHANGES, suite: str = "homework", seed: int = 0, background: str = "keep") -> SeverityGrid:
     """Look at each cell at severities 0 to 5 of each corruption.
 
@@ -321,6 +307,7 @@ def _ipywidgets():
         raise ImportError(f'ipywidgets is not installed ({error}). Remedy: pip install "bloodnb[notebooks]", then restart JupyterLab.') from None
     return ipywidgets
 
+# %% ../nbs/07_lesson.ipynb #b7ee0efc
 def severity_sliders(model: keras.Model, cells: CellImages, corruptions: Sequence[str] = CHANGES, suite: str = "homework", seed: int = 0, background: str = "keep"):
     """A slider for each corruption, applied in this order, over a cell to choose; the model looks again at every move.
 

@@ -103,6 +103,7 @@ def _experiment(client: Any, name: str) -> str:
     found = client.get_experiment_by_name(name)
     return found.experiment_id if found else client.create_experiment(name)
 
+# %% ../nbs/11_tracking.ipynb #9cc13a0b
 def track_run(folder: str | Path, uri: str | None = None, experiment: str | None = None) -> str:
     """Log a finished run's parameters, metrics, epochs and files (figures, model, notebook) on an MLflow server, once.
 

@@ -586,6 +586,14 @@ def _chosen_plan(plan: TrainingPlan | None, choices: dict) -> TrainingPlan:
             raise ValueError(unknown_name("choice", name, TrainingPlan.__dataclass_fields__))
     return replace(plan or TrainingPlan(), **choices)
 
+def _checked(model, images, plan: TrainingPlan | None, choices: dict, stop_after, devices) -> tuple[TrainingPlan, list[str]]:
+    "The plan with its choices and the names of the devices, or a refusal before anything is trained."
+    plan, names = _chosen_plan(plan, choices), find_devices(devices)
+    check_plan(plan, stop_after)
+    check_devices(names, plan)
+    check_model(model, images, plan)
+    return plan, names
+
 def _remaining(phases: list[_Phase], saver: Checkpoint, table: EpochTable) -> list[_Phase]:
     "Take a table up where a checkpoint stands; the phases that are not yet behind it."
     table.rows = list(saver.state.rows)
@@ -608,20 +616,15 @@ def train_classifier(model: keras.Model, train: CellImages, val: CellImages | No
     val : CellImages or None
         Chooses the best epoch; never altered. With None all epochs run and the last weights stay.
     plan : TrainingPlan, optional
-    checkpoint : path, optional
-        File in which the training's state is kept after every epoch. If it holds that of the same training (model, pictures, plan,
-        versions), this one goes on from there and ends with the same weights; else it is written anew.
-    cache : path, optional
-        Folder in which features of the first phase are kept, and looked for; see `bloodnb.checkpoints.feature_cache`.
+    checkpoint, cache : path, optional
+        File of the training's state after every epoch: if it holds that of the same training (model, pictures, plan, versions), this one goes on
+        from there and ends with the same weights. Folder of the first phase's features (`bloodnb.checkpoints.feature_cache`).
     stop_after : tuple of two int, optional
         Epochs after which the phases end at the latest, with the learning rates of the whole plan; see `best_epochs`.
     callbacks : callable, optional
-        From a phase's name ("head" or "fine-tune") to a list of `keras.callbacks.Callback` for it, which are called after this
-        function's own: at an epoch's end its checkpoint is already written. They do not hear of epochs that a checkpoint brought along.
-    devices : int or "all"
-        Among how many the batches are shared out; see `bloodnb.parallel`. A checkpoint fits any number of them.
-    verbose : bool
-        Whether to show an `EpochTable`.
+        From a phase's name to a list of `keras.callbacks.Callback`, called after the checkpoint is written, not for epochs that it brought along.
+    devices, verbose : int or "all", bool
+        Among how many the batches are shared out (`bloodnb.parallel`; a checkpoint fits any number); whether to show an `EpochTable`.
     **choices
         Fields of `TrainingPlan`, which overrule the plan.
 
@@ -635,15 +638,11 @@ def train_classifier(model: keras.Model, train: CellImages, val: CellImages | No
     FloatingPointError, ValueError
         If the loss is not finite; if there is nothing to train, a name is unknown, or the devices are not there.
     """
-    plan, names = _chosen_plan(plan, choices), find_devices(devices)
-    check_plan(plan, stop_after)
-    check_devices(names, plan)
-    check_model(model, train.images, plan)
+    plan, names = _checked(model, train.images, plan, choices, stop_after, devices)
     phases, table = _phases(plan, stop_after), EpochTable(verbose)
     set_seed(plan.seed)
     saver = None if checkpoint is None else _saver(checkpoint, model, train, val, plan, stop_after)
-    if saver and saver.state:
-        phases = _remaining(phases, saver, table)
+    phases = _remaining(phases, saver, table) if saver and saver.state else phases
     made = {phase.name: list(callbacks(phase.name)) if callbacks else [] for phase in phases}
     table.finish("; ".join([_one_phase(model, train, val, phase, plan, cache, table, saver, made[phase.name], names) for phase in phases]))
     return pd.DataFrame(table.rows)

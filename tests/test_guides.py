@@ -8,7 +8,7 @@ import nbformat
 import pytest
 
 from bloodnb import command
-from bloodnb.models import BACKBONES
+from bloodnb.models import find_backbone
 from bloodnb.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,7 +52,8 @@ def test_papermill_is_called_with_parameters_that_exist(page):
         unknown = {name for name, _ in pairs} - parameters_of(job)
         assert not unknown, f"{page.name}: {job} has no parameters {sorted(unknown)}"
         choices = dict(pairs)
-        assert choices.get("recipe", "default") in RECIPES and re.sub(r"_[\d.]+$", "", choices.get("backbone", "MobileNetV2")) in {*BACKBONES, "ThreeConvolutions", *(name.rpartition("_")[0] for name in BACKBONES)}, words
+        assert choices.get("recipe", "default") in RECIPES, words
+        find_backbone(choices.get("backbone", "MobileNetV2"))  # or it says what is wrong
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

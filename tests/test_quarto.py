@@ -14,7 +14,6 @@ from smalldocs.quarto_keys import QUARTO_PAGE_OPTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAG, TEXT = {"type": "boolean"}, {"type": "string"}
-COLOUR = {"type": "string"}
 
 
 def closed(**properties) -> dict:
@@ -28,9 +27,9 @@ def listed(kind: dict) -> dict:
 
 ENTRY = {"anyOf": [TEXT, closed(text=TEXT, href=TEXT, icon=TEXT, aria_label=TEXT, target=TEXT, rel=TEXT, menu=listed({"$ref": "#/$defs/entry"}))]}
 SECTION = {"anyOf": [{"$ref": "#/$defs/entry"}, {**closed(section=TEXT, href=TEXT, contents=listed({"$ref": "#/$defs/section"})), "required": ["section", "contents"]}]}
-NAVBAR = closed(title=TEXT, logo=TEXT, logo_alt=TEXT, background=COLOUR, foreground=COLOUR, search=FLAG, pinned=FLAG, collapse=FLAG, left=listed({"$ref": "#/$defs/entry"}),
+NAVBAR = closed(title=TEXT, logo=TEXT, logo_alt=TEXT, background=TEXT, foreground=TEXT, search=FLAG, pinned=FLAG, collapse=FLAG, left=listed({"$ref": "#/$defs/entry"}),
                 right=listed({"$ref": "#/$defs/entry"}), tools=listed({"$ref": "#/$defs/entry"}))
-SIDEBAR = closed(id=TEXT, title=TEXT, style={"enum": ["docked", "floating"]}, background=COLOUR, foreground=COLOUR, border=FLAG, search=FLAG, alignment=TEXT,
+SIDEBAR = closed(id=TEXT, title=TEXT, style={"enum": ["docked", "floating"]}, background=TEXT, foreground=TEXT, border=FLAG, search=FLAG, alignment=TEXT,
                  collapse_level={"type": "integer", "minimum": 1}, pinned=FLAG, contents=listed({"$ref": "#/$defs/section"}))
 SITE = {
     **closed(
@@ -38,7 +37,7 @@ SITE = {
         website=closed(title=TEXT, description=TEXT, site_url={"type": "string", "pattern": "^https://"}, repo_url=TEXT, repo_branch=TEXT, repo_subdir=TEXT, repo_actions=listed(TEXT), favicon=TEXT,
                        image=TEXT, open_graph={"anyOf": [FLAG, closed(title=TEXT, description=TEXT, image=TEXT, image_alt=TEXT, locale=TEXT, site_name=TEXT)]},
                        twitter_card={"anyOf": [FLAG, closed(title=TEXT, description=TEXT, image=TEXT, image_alt=TEXT, creator=TEXT, site=TEXT, card_style={"enum": ["summary", "summary_large_image"]})]},
-                       navbar=NAVBAR, sidebar=SIDEBAR, page_navigation=FLAG, back_to_top_navigation=FLAG, bread_crumbs=FLAG, page_footer=closed(left=TEXT, center=TEXT, right=TEXT, background=COLOUR, border=FLAG),
+                       navbar=NAVBAR, sidebar=SIDEBAR, page_navigation=FLAG, back_to_top_navigation=FLAG, bread_crumbs=FLAG, page_footer=closed(left=TEXT, center=TEXT, right=TEXT, background=TEXT, border=FLAG),
                        search={"anyOf": [FLAG, closed(location={"enum": ["navbar", "sidebar"]}, type={"enum": ["overlay", "textbox"]}, limit={"type": "integer"})]}),
         format=closed(html={"type": "object", "propertyNames": {"enum": sorted(QUARTO_PAGE_OPTIONS | {"code-overflow", "fig-align", "code-fold"})}}),
         metadata_files=listed(TEXT),
