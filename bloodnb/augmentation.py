@@ -5,10 +5,13 @@
 # %% ../nbs/03_augmentation.ipynb #404ab55f
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
 import json
 import numbers
+import os
+import platform
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -27,7 +30,8 @@ from .operations import Draws, Operation, PlainOperation, run
 # %% auto #0
 __all__ = ['OPERATIONS', 'PIPELINES', 'ENGINES', 'SomeOf', 'RandAugment', 'AugMix', 'blend', 'Mixing', 'MixUp', 'CutMix',
            'Pipeline', 'OneOf', 'as_operation', 'to_dict', 'with_strength', 'find_pipeline', 'check_augmentation',
-           'partners', 'one_hot', 'Augmenter', 'augment', 'augmented_dataset', 'keras_cv_dataset', 'show_pipeline']
+           'partners', 'one_hot', 'Augmenter', 'augment', 'keep_freed_memory', 'augmented_dataset', 'keras_cv_dataset',
+           'show_pipeline']
 
 # %% ../nbs/03_augmentation.ipynb #7f80246f
 def _chosen(draws: Draws, n: tuple[int, int], count: int):
@@ -620,6 +624,33 @@ def augment(cells: CellImages, pipeline: Pipeline | str, epoch: int = 0, batch_s
     batches = [made(np.arange(start, min(start + batch_size, len(cells))), epoch) for start in range(0, len(cells), batch_size)]
     return tuple(np.concatenate(part) for part in zip(*batches))
 
+# %% ../nbs/03_augmentation.ipynb #62afb6ab
+@functools.cache
+def keep_freed_memory() -> bool:
+    """Let this process use the memory of freed tensors again, though TensorFlow's generator datasets would have it returned each time.
+
+    Called once before training: it goes through such a dataset, which sets malloc's thresholds once and for all, and then sets them to the largest that
+    glibc reaches when it adapts them by itself: 32 MiB for blocks of their own, 64 MiB for what may lie free.
+
+    Returns
+    -------
+    bool
+        Whether that was done: on Linux with glibc, Keras on TensorFlow, and no `MALLOC_TRIM_THRESHOLD_` or `MALLOC_MMAP_THRESHOLD_` in the environment,
+        with which users say themselves what they want.
+
+    References
+    ----------
+    mallopt(3), M_MMAP_THRESHOLD: setting any threshold "disables dynamic adjustment".
+    """
+    said = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys()
+    if said or keras.backend.backend() != "tensorflow" or platform.libc_ver()[0] != "glibc":
+        return False
+    import tensorflow as tf
+
+    list(tf.data.Dataset.from_generator(lambda: iter([0]), output_signature=tf.TensorSpec((), tf.int32)))
+    mmap_threshold, trim_threshold = -3, -1  # their numbers in malloc.h
+    return all(ctypes.CDLL(None).mallopt(name, mebibytes * 2**20) == 1 for name, mebibytes in ((mmap_threshold, 32), (trim_threshold, 64)))
+
 # %% ../nbs/03_augmentation.ipynb #52b33660
 def _orders(n: int, epochs: Sequence[int], batch_size: int, seed: int, shuffle: bool = True):
     "The epoch and the positions of each batch; each epoch has its own order, from seed and epoch."
@@ -631,6 +662,7 @@ def _stream(batches, length: int | None, *signature):
     "A tf.data.Dataset of what a generator function yields, of this length if it is known."
     import tensorflow as tf
 
+    keep_freed_memory()
     stream = tf.data.Dataset.from_generator(batches, output_signature=signature if len(signature) > 1 else signature[0])
     return stream if length is None else stream.apply(tf.data.experimental.assert_cardinality(length))
 

@@ -21,7 +21,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from . import __version__, augmentation, models, networks, operations
-from .augmentation import Augmenter, check_augmentation, find_pipeline, keras_cv_dataset, one_hot, to_dict
+from .augmentation import Augmenter, check_augmentation, find_pipeline, keep_freed_memory, keras_cv_dataset, one_hot, to_dict
 from .checkpoints import Checkpoint, cached_array, fingerprint, model_fingerprint, restore
 from .data import CellImages, unknown_name
 from .models import NORMALIZATIONS, feature_model, head_model
@@ -498,6 +498,7 @@ def _fit(model, train, val, phase: _Phase, plan: TrainingPlan, table: EpochTable
             train.go_to(state.epoch if state else 0)
             train, tested = share_batches(train, devices), share_batches(val, devices)
             counter = [CountOnce(train, tested)] if len(devices) > 1 else []
+            keep_freed_memory()
             twin.fit(train, validation_data=tested, epochs=phase.last, initial_epoch=state.epoch if state else 0, verbose=0, shuffle=False,
                      callbacks=[*counter, *callbacks, *others])
     return f"{phase.name}: best {stop.monitor} {stop.best:.4f} in epoch {stop.best_epoch + 1}" if val is not None else f"{phase.name}: {phase.last} epochs"

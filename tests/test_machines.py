@@ -121,7 +121,7 @@ def test_doctor_without_a_network(well, capsys, monkeypatch):
     monkeypatch.setattr(machines, "unreachable", REACH)
     began = time.monotonic()
     code, bad = faults(capsys)
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 120, "it waited for a network"
     assert (code, list(bad)) == (0, ["weights", "data"]), "drawn cells and random weights still do"
     code, bad = faults(capsys, "--weights", "imagenet", "--data", "bloodmnist_64")
     assert (code, {check["state"] for check in bad.values()}) == (1, {"problem"})
