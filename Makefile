@@ -6,7 +6,7 @@ BIN := .venv/bin
 export TF_CPP_MIN_LOG_LEVEL := 3
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs docs-preview outputs lock clean
+.PHONY: help demo test test-all docs docs-preview outputs lock clean
 
 help:  ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | while IFS='|' read -r target what; do printf 'make %-12s %s\n' "$$target" "$$what"; done
@@ -18,6 +18,10 @@ demo: .venv/installed  ## set up, then train on drawn cells: offline, two to thr
 	@echo 'figures:           _runs/demo/figures'
 
 test: .venv/installed  ## check everything: library in step, notebooks, jobs, the site in a browser
+	@bash .ci/chromium.sh
+	@$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup --durations=10 -m 'not slow'
+
+test-all: .venv/installed  ## the same with every backbone, recipe and slow notebook cell, as before a release: 20 minutes more
 	@bash .ci/chromium.sh
 	@$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup --durations=10
 

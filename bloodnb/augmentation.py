@@ -490,13 +490,18 @@ def find_pipeline(name: str | Sequence | Operation, seed: int = 0) -> Pipeline:
 # %% ../nbs/03_augmentation.ipynb #ef93463d
 ENGINES = ("bloodnb", "keras_cv")
 
+@functools.lru_cache(maxsize=256)
+def _check_once(name: str, meaning: str) -> None:
+    "Build a pipeline once, to see whether it can be; again if a name has come to mean something else."
+    find_pipeline(name)
+
 def check_augmentation(name: str, engine: str = "bloodnb") -> str:
     """The name of a pipeline as it is, if this engine has it; else ValueError with the nearest names."""
     if engine not in ENGINES:
         raise ValueError(unknown_name("engine", engine, ENGINES))
     if not isinstance(name, str):
         raise ValueError(f"wanted the name of a pipeline, e.g. {', '.join(PIPELINES)}")
-    find_pipeline(name)
+    _check_once(name, repr([PIPELINES.get(part.partition("*")[0].strip()) for part in name.split("+")]))
     if engine == "keras_cv" and name not in _KERAS_CV:
         raise ValueError(unknown_name("KerasCV pipeline", name, _KERAS_CV))
     if engine == "keras_cv":

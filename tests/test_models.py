@@ -26,7 +26,16 @@ def fresh_keras():
     keras.backend.clear_session()
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
+# Of each family a small one is tested always, these before a release: a deep graph takes ten seconds to build.
+DEEP = {"EfficientNetV2S", "EfficientNetV2L", "NASNetMobile", "ConvNeXtSmall", "ConvNeXtBase", "DenseNet121", "InceptionV3", "ResNet50", "VGG19"}
+
+
+def quicker_first(names) -> list:
+    """Names of backbones, with "," and more behind some, as parameters; the deep ones are slow tests."""
+    return [pytest.param(name, id=name, marks=[pytest.mark.slow] * (name.partition(",")[0] in DEEP)) for name in names]
+
+
+@pytest.mark.parametrize("backbone", quicker_first(BACKBONES))
 def test_backbone_gives_probabilities(backbone, fresh_keras):
     model = classifier(backbone, weights=None, image_size=96)
     assert {"scale", "backbone", "pool", "probabilities"} <= {layer.name for layer in model.layers}
@@ -74,7 +83,7 @@ SAVED = {
 }
 
 
-@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize("name", quicker_first(SAVED))
 def test_saved_model_comes_back_as_it_was(name, tmp_path, fresh_keras):
     """In safe mode, which refuses code in a file: the same layers, precision and weights, and so the same probabilities to the last bit."""
     backbone = name.partition(",")[0]
@@ -170,7 +179,7 @@ def test_dense_layers_of_vgg_are_features(fresh_keras):
 
 
 # Families whose Keras function looks at `weights` while it builds, or might: EfficientNet gets a layer more with "imagenet".
-@pytest.mark.parametrize("backbone", ["EfficientNetB0", "EfficientNetV2B0", "MobileNetV3Small", "ConvNeXtTiny", "ResNet50"])
+@pytest.mark.parametrize("backbone", quicker_first(["EfficientNetB0", "EfficientNetV2B0", "MobileNetV3Small", "ConvNeXtTiny", "ResNet50"]))
 def test_weights_from_a_file_make_the_same_backbone_as_keras_own(backbone, tmp_path, monkeypatch, fresh_keras):
     row = find_backbone(backbone)
     make = getattr(keras.applications, row.application)

@@ -24,21 +24,31 @@ def executed_notebooks() -> list[str]:
     return [str(p) for p in found if not any(part[0] in "._" for part in p.parts) and is_executed(ROOT / p)]
 
 
-def run_nbdev_test(notebook: str) -> int:
+def has_slow_cells(notebook: str) -> bool:
+    return any(cell.source.startswith("#| slow\n") for cell in nbformat.read(ROOT / notebook, as_version=4).cells if cell.cell_type == "code")
+
+
+def run_nbdev_test(notebook: str, flags: str = "") -> int:
     """What the command does with one notebook, in this process."""
     from nbdev.config import get_config
     from nbdev.test import test_nb
 
-    passed, _ = test_nb(ROOT / notebook, skip_flags=get_config().tst_flags.split(), basepath=ROOT)
+    passed, _ = test_nb(ROOT / notebook, skip_flags=get_config().tst_flags.split(), force_flags=flags.split(), basepath=ROOT)
     return int(not passed)
 
 
 @pytest.mark.parametrize("notebook", executed_notebooks())
-def test_notebook(notebook):
-    run = forks.call(run_nbdev_test, notebook)
+def test_notebook(notebook, flags=""):
+    run = forks.call(run_nbdev_test, notebook, flags)
     if run.returncode:
         print(run.stdout, run.stderr)
-        pytest.fail(f"its tests fail; alone: nbdev_test --path {notebook}", pytrace=False)
+        pytest.fail(f"its tests fail; alone: nbdev_test --path {notebook}{f' --flags {flags}' if flags else ''}", pytrace=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("notebook", [name for name in executed_notebooks() if has_slow_cells(name)])
+def test_notebook_with_its_slow_cells(notebook):
+    test_notebook(notebook, flags="slow")
 
 
 def test_the_command_itself():

@@ -46,7 +46,7 @@ SITE = {
 }
 PAGE = QUARTO_PAGE_OPTIONS | {"description", "categories", "draft", "format", "execute", "skip_exec", "skip_showdoc", "nbflags"}  # the last three are nbdev's
 CELL = {"echo", "eval", "output", "warning", "error", "include", "label", "fig-alt", "fig-cap", "fig-align", "fig-width", "fig-height", "tbl-cap", "code-fold", "code-summary", "column", "classes"}
-NBDEV = {"default_exp", "export", "exports", "exporti", "exec_doc", "hide", "hide_line", "hide_input", "hide_output", "filter_stream", "notest", "skip_showdoc", "default_cls_lvl"}
+NBDEV = {"default_exp", "export", "exports", "exporti", "exec_doc", "hide", "hide_line", "hide_input", "hide_output", "filter_stream", "notest", "slow", "skip_showdoc", "default_cls_lvl"}
 PAGES = [p.relative_to(ROOT) for p in sorted([*(ROOT / "nbs" / "guides").glob("*.md"), ROOT / "index.qmd"])]
 NOTEBOOKS = [p.relative_to(ROOT) for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if not any(part[0] in "._" for part in p.relative_to(ROOT).parts)]
 

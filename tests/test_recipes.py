@@ -302,10 +302,15 @@ def two_steps(monkeypatch, trunks, without_graphs):
     return train
 
 
+# Deep networks take minutes to build; the first of each kind of recipe with a quicker one is tested always, and of EfficientNetV2S the one that counts its layers.
+DEEP = {"EfficientNetV2L", "EfficientNetV2S", "ConvNeXtBase", "NASNetMobile", "DenseNet121", "InceptionV3", "VGG19"}
+
+
 def by_backbone() -> list:
     """All recipes, those with the same backbone beside one another and, where several processes divide the tests, in one of them."""
     backbones = {name: choices.get("backbone", "MobileNetV2") for name, choices in RECIPES.items()}
-    return [pytest.param(name, id=name, marks=pytest.mark.xdist_group(backbones[name])) for name in sorted(backbones, key=backbones.get)]
+    slow = {name: [pytest.mark.slow] * (backbone in DEEP and name != "deepdrive_v2s_freeze_220") for name, backbone in backbones.items()}
+    return [pytest.param(name, id=name, marks=[pytest.mark.xdist_group(backbones[name]), *slow[name]]) for name in sorted(backbones, key=backbones.get)]
 
 
 @pytest.mark.parametrize("name", by_backbone())
