@@ -163,9 +163,24 @@ class AugMix(PlainOperation):
         weights = draws.child(k).levels(_quantiles("gamma", self.alpha), k)  # in proportion, as a Dirichlet's
         return blend(images, copies, draws.child(k + 1).levels(_quantiles("beta", self.alpha))[:, None], weights)
 
+# %% ../nbs/03_augmentation.ipynb #dd1ef351
 @single.compiled
-def blend(images, copies, kept, weights):
-    """Of images (b, h, w, 3) the share `kept` (b, 1), of copies (b, k, h, w, 3) the rest by their weights (b, k)."""
+def blend(images: keras.KerasTensor, copies: keras.KerasTensor, kept: keras.KerasTensor, weights: keras.KerasTensor) -> keras.KerasTensor:
+    """Mix pictures with the weighted mean of their copies.
+
+    Parameters
+    ----------
+    images : float32 tensor, shape (b, h, w, 3)
+    copies : float32 tensor, shape (b, k, h, w, 3)
+    kept : float32 tensor, shape (b, 1)
+        Share of the picture itself, 0..1.
+    weights : float32 tensor, shape (b, k)
+        Of the copies, 0 or more; they count by their shares.
+
+    Returns
+    -------
+    float32 tensor, shape (b, h, w, 3)
+    """
     k = copies.shape[1]
     total = sum(weights[:, i, None, None, None] * copies[:, i] for i in range(k)) / sum(weights[:, i, None, None, None] for i in range(k))
     return kept[..., None, None] * images + (1 - kept[..., None, None]) * total
@@ -195,7 +210,7 @@ class Mixing(Operation):
 
     @staticmethod
     def mix(pairs, share, base):
-        """Pairs (b, 2, h, w, 3) and the wanted share of the first (b,), to pictures (b, h, w, 3) and the share that it got."""
+        """Pairs (b, 2, h, w, 3), the wanted share of the first (b,), 0..1, and `base` of the `Draws`, to pictures (b, h, w, 3) and the share that it got (b,)."""
         raise NotImplementedError
 
 # %% ../nbs/03_augmentation.ipynb #9b1a9c01
@@ -667,7 +682,8 @@ def _stream(batches, length: int | None, *signature):
     return stream if length is None else stream.apply(tf.data.experimental.assert_cardinality(length))
 
 # %% ../nbs/03_augmentation.ipynb #bdf1819c
-def augmented_dataset(cells: CellImages, pipeline: Pipeline | str, epochs: Sequence[int], batch_size: int = 32, num_parallel_calls: int | None = None, shuffle: bool = True):
+def augmented_dataset(cells: CellImages, pipeline: Pipeline | str, epochs: Sequence[int], batch_size: int = 32, num_parallel_calls: int | None = None,
+                      shuffle: bool = True) -> Any:
     """The same as a `tf.data.Dataset` (TensorFlow only).
 
     Parameters
@@ -686,6 +702,11 @@ def augmented_dataset(cells: CellImages, pipeline: Pipeline | str, epochs: Seque
     -------
     tf.data.Dataset
         Batches of (images uint8 (b, height, width, 3), labels float32 (b, n_classes)); `ceil(n / batch_size)` for each epoch.
+
+    Raises
+    ------
+    RuntimeError
+        If Keras does not run on TensorFlow.
     """
     if keras.backend.backend() != "tensorflow":
         raise RuntimeError(f"Keras runs on {keras.backend.backend()}; augmented_dataset wants TensorFlow. Remedy: KERAS_BACKEND=tensorflow, or Augmenter, which runs on any.")
@@ -748,7 +769,7 @@ def _keras_cv_layers(layers: list, batch: dict) -> dict:
     return batch
 
 # %% ../nbs/03_augmentation.ipynb #3f25033b
-def keras_cv_dataset(cells: CellImages, name: str, epochs: int | None = 1, batch_size: int = 32, seed: int = 0):
+def keras_cv_dataset(cells: CellImages, name: str, epochs: int | None = 1, batch_size: int = 32, seed: int = 0) -> Any:
     """A pipeline of `PIPELINES` made of KerasCV's layers, as a `tf.data.Dataset`.
 
     Parameters

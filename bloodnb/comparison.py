@@ -582,6 +582,11 @@ def plot_costs(table: pd.DataFrame, against: Sequence[str] = ("size_mb", "images
     Returns
     -------
     Figure
+
+    Raises
+    ------
+    ValueError
+        If a column is unknown.
     """
     for name in against:
         if name not in _AXES:

@@ -625,8 +625,22 @@ def check_machine(data: str | None = None, weights: str | None = None, output: s
     }
     return [Check("machine", "ok", named), *(run_check(name, check) for name, check in asked.items())]
 
+# %% ../nbs/12_machines.ipynb #ac41661c
 def doctor(data: str | None = None, weights: str | None = None, as_json: bool = False) -> int:
-    """Print what `check_machine` finds, as text or JSON; 1 if there is a problem, else 0."""
+    """Print what `check_machine` finds.
+
+    Parameters
+    ----------
+    data, weights
+        See `check_machine`.
+    as_json : bool
+        A list of objects, instead of lines to read.
+
+    Returns
+    -------
+    int
+        1 if there is a problem, else 0.
+    """
     checks = check_machine(data, weights)
     if as_json:
         print(json.dumps([asdict(check) for check in checks], indent=2))
@@ -713,7 +727,8 @@ def kernel_metadata(username: str, slug: str, code_file: str, datasets: Sequence
         Name of the notebook in the same folder.
     datasets, kernels : sequence of str
         Data sets and outputs of other notebooks to add, each OWNER/NAME.
-    gpu, accelerator
+    gpu : bool
+    accelerator : str
         Whether it runs on a GPU, and which (`machine_shape`): "NvidiaTeslaT4" is what Kaggle calls GPU T4 x2.
     competitions, models : sequence of str
         As Kaggle names them: COMPETITION, and OWNER/MODEL/FRAMEWORK/VARIATION/VERSION.

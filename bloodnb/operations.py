@@ -9,7 +9,7 @@ import functools
 import inspect
 import itertools
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -24,7 +24,7 @@ __all__ = ['FILLS', 'compiled', 'Draws', 'histograms', 'apply_tables', 'apply_co
            'GaussianNoise', 'Occlusion', 'Cutout', 'GridMask']
 
 # %% ../nbs/03_operations.ipynb #3d835557
-def compiled(function):
+def compiled(function: Callable) -> Callable:
     """Let TensorFlow or JAX compile a function on tensors, once for each picture size and each setting given by name; the batch's size stays open."""
     @functools.cache
     def built(backend, shapes, settings):
@@ -122,7 +122,7 @@ class Draws:
         return ops.take(ops.convert_to_tensor(table), at[:, 0] if n is None else at, axis=0)
 
 # %% ../nbs/03_operations.ipynb #655d68e4
-def histograms(images):
+def histograms(images: keras.KerasTensor) -> keras.KerasTensor:
     """How often each level occurs.
 
     Parameters
@@ -144,15 +144,15 @@ def histograms(images):
     return ops.cast(ops.reshape(counts, (-1, 3, 256)), "float32")
 
 @compiled
-def apply_tables(images, tables):
-    """Send each channel of each picture through its table of 256 numbers: images (b, h, w, 3) 0..255, tables (b, 3, 256) float32."""
+def apply_tables(images: keras.KerasTensor, tables: keras.KerasTensor) -> keras.KerasTensor:
+    """Send each channel of each picture through its table: images float (b, h, w, 3), 0..255, and tables float32 (b, 3, 256), to float32 (b, h, w, 3)."""
     b = ops.shape(images)[0]
     start = ops.reshape(ops.arange(b * 3, dtype="int32") * 256, (-1, 1, 1, 3))
     return ops.take(ops.reshape(tables, (-1,)), ops.cast(ops.round(images), "int32") + start, axis=0)
 
 # %% ../nbs/03_operations.ipynb #3ea6050f
 @compiled
-def apply_colours(images, matrices):
+def apply_colours(images: keras.KerasTensor, matrices: keras.KerasTensor) -> keras.KerasTensor:
     """Multiply each pixel (r, g, b, 1) by a matrix: images (b, h, w, 3), matrices (b, 3, 4) with offsets in levels; float32 (b, h, w, 3)."""
     return sum(images[..., i : i + 1] * matrices[:, None, None, :, i] for i in range(3)) + matrices[:, None, None, :, 3]
 
@@ -171,7 +171,7 @@ def _inside(at, side: int, fill: str):
     return ops.clip(at, 0, side - 1)
 
 @compiled
-def warp(images, matrices, *, fill: str = "reflect", fill_value: float = 0.0):
+def warp(images: keras.KerasTensor, matrices: keras.KerasTensor, *, fill: str = "reflect", fill_value: float = 0.0) -> keras.KerasTensor:
     """Resample pictures, bilinearly.
 
     Parameters
@@ -205,8 +205,19 @@ def warp(images, matrices, *, fill: str = "reflect", fill_value: float = 0.0):
     return ops.reshape(total, (-1, h, w, 3))
 
 # %% ../nbs/03_operations.ipynb #ddbb7180
-def apply_sides(images, down, across):
-    """Multiply columns and rows by matrices: images (b, h, w, 3), `down` (b, h, h), `across` (b, w, w)."""
+def apply_sides(images: keras.KerasTensor, down: keras.KerasTensor, across: keras.KerasTensor) -> keras.KerasTensor:
+    """Multiply the columns and the rows of pictures by matrices.
+
+    Parameters
+    ----------
+    images : float32 tensor, shape (b, h, w, 3)
+    down, across : float32 tensor, shapes (b, h, h) and (b, w, w)
+        Row i of a matrix holds the weights of the old places in the new place i.
+
+    Returns
+    -------
+    float32 tensor, shape (b, h, w, 3)
+    """
     h, w = images.shape[1:3]
     x = ops.reshape(ops.matmul(down, ops.reshape(images, (-1, h, w * 3))), (-1, h, w, 3))
     x = ops.matmul(across, ops.reshape(ops.transpose(x, (0, 2, 1, 3)), (-1, w, h * 3)))
@@ -308,7 +319,7 @@ def _where(on, changed, unchanged):
     "Picture by picture: the changed value where `on` (b,), else the unchanged one."
     return ops.where(ops.reshape(on, (-1, *[1] * (len(changed.shape) - 1))), changed, unchanged)
 
-def run(operations: Sequence[Operation], images, draws: Draws, on: Sequence | None = None, counts=None):
+def run(operations: Sequence[Operation], images: keras.KerasTensor, draws: Draws, on: Sequence | None = None, counts: keras.KerasTensor | None = None) -> keras.KerasTensor:
     """Apply operations on single pictures in their order, merging neighbours of one kind.
 
     Parameters
@@ -350,7 +361,7 @@ class PlainOperation(Operation):
         return images
 
     def change(self, images, draws: Draws):
-        """Pictures changed at full rate: float (b, h, w, 3)."""
+        """Float pictures (b, h, w, 3), 0..255, changed at full rate; what leaves 0..255 the caller cuts off."""
         raise NotImplementedError
 
     def apply(self, images, labels, draws):
@@ -399,7 +410,7 @@ class Tone(_WithFactor):
         return _where(functools.reduce(ops.logical_or, [on for *_, on in group]), apply_tables(images, tables), images)
 
     def tables(self, tables, counts, draws):
-        """Edit tables (b, 3, 256) of pictures with these histograms (b, 3, 256)."""
+        """Edit tables (b, 3, 256), levels 0..255, of pictures with these histograms (b, 3, 256); returns new ones, which the caller cuts to 0..255."""
         raise NotImplementedError
 
 def _mean_grey(tables, counts):
@@ -518,7 +529,7 @@ class Colour(PlainOperation):
         return apply_colours(images, total)
 
     def matrices(self, draws):
-        """Matrices (b, 3, 4) from (r, g, b, 1) to (r, g, b)."""
+        """Matrices float32 (b, 3, 4) from (r, g, b, 1) to (r, g, b); the last column is in levels."""
         raise NotImplementedError
 
 @functools.cache
@@ -601,7 +612,7 @@ class Geometry(PlainOperation):
         return warp(images, total[:, :2], fill=fill, fill_value=fill_value)
 
     def matrices(self, draws, height, width):
-        """Matrices (b, 2, 3) from a pixel of the result to its place in the picture, as `warp` wants them."""
+        """Matrices float32 (b, 2, 3) from a pixel of the result to its place in the picture of these sides, as `warp` wants them."""
         raise NotImplementedError
 
 def _affine(xx, xy, yx, yy, x, y):
@@ -703,7 +714,7 @@ class Sides(_WithFactor):
 
     @staticmethod
     def table(low, high, side):
-        """Matrices (64, side, side) of strengths from low to high."""
+        """Matrices float32 (64, side, side), whose rows sum to 1, of strengths from low to high."""
         raise NotImplementedError
 
 # %% ../nbs/03_operations.ipynb #52400a2b
@@ -743,8 +754,8 @@ class LowResolution(Sides):
 _SMOOTH = ((1, 1, 1), (1, 5, 1), (1, 1, 1))
 
 @compiled
-def sharpen(images, strength):
-    """Move pixels away from the weighted mean of the 3 x 3 around them, as far as it lies in the picture: images (b, h, w, 3), strength (b, 1)."""
+def sharpen(images: keras.KerasTensor, strength: keras.KerasTensor) -> keras.KerasTensor:
+    """Move pixels away from the weighted mean of the 3 x 3 around them, as far as it lies in the picture: images float32 (b, h, w, 3), strength (b, 1), where 0 changes nothing and -1 leaves the mean."""
     h, w = images.shape[1:3]
     inside, total, weight = np.pad(np.ones((h, w, 1)), ((1, 1), (1, 1), (0, 0))), 0.0, 0.0
     padded = ops.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
@@ -767,8 +778,21 @@ class Sharpness(_WithFactor):
 
 # %% ../nbs/03_operations.ipynb #4636c827
 @compiled
-def add_noise(images, deviation, base):
-    """Add normal noise: images (b, h, w, 3), standard deviation (b, 1) in levels, `base` of the `Draws` that it comes from."""
+def add_noise(images: keras.KerasTensor, deviation: keras.KerasTensor, base: keras.KerasTensor) -> keras.KerasTensor:
+    """Add normal noise to every value.
+
+    Parameters
+    ----------
+    images : float32 tensor, shape (b, h, w, 3), 0..255
+    deviation : float32 tensor, shape (b, 1)
+        Standard deviation in levels.
+    base : int32 tensor, shape (b,)
+        Of the `Draws` that the noise comes from.
+
+    Returns
+    -------
+    float32 tensor, shape (b, h, w, 3), not cut to 0..255
+    """
     h, w = images.shape[1:3]
     return images + deviation[..., None, None] * ops.reshape(Draws(base=base).normal(h * w * 3), (-1, h, w, 3))
 
@@ -784,6 +808,7 @@ class GaussianNoise(_WithFactor):
     def change(self, images, draws):
         return add_noise(images, self.strength(draws, scale=255), draws.child(0).base)
 
+# %% ../nbs/03_operations.ipynb #891c8f5a
 class Occlusion(_WithFactor):
     """An operation that hides a part of the picture.
 
@@ -805,7 +830,7 @@ class Occlusion(_WithFactor):
 
     @staticmethod
     def hide(images, level, factor, base):
-        """Images with a part at `level` (b, 1, 1, 1); factor (b, 1), `base` of the `Draws` that decide where."""
+        """Images float (b, h, w, 3) with a part at `level` (b, 1, 1, 1), 0..255; factor (b, 1), 0..1; `base` int32 (b,) of the `Draws` that decide where."""
         raise NotImplementedError
 
 # %% ../nbs/03_operations.ipynb #6ef1bd48

@@ -1,0 +1,127 @@
+"""What every public name of the library says of itself: types, parameters, errors. Read from the source; nothing is imported."""
+import ast
+import builtins
+import re
+from pathlib import Path
+
+import pytest
+
+LIBRARY = Path(__file__).resolve().parent.parent / "bloodnb"
+MODULES = {path.stem: ast.parse(path.read_text()) for path in sorted(LIBRARY.glob("*.py")) if path.stem not in ("__init__", "_modidx")}
+CLASSES = {node.name: node for tree in MODULES.values() for node in tree.body if isinstance(node, ast.ClassDef)}
+DOCSTRINGS = [(node.name, ast.get_docstring(node) or "") for tree in MODULES.values() for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+KERAS_METHODS = re.compile(r"on_\w+|call|build|get_config|compute_output_shape|update_step")  # that Keras' base classes document
+MANY = 3  # parameters from which on a function lists them
+
+
+def public_names(tree: ast.Module) -> list[str]:
+    return next((ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__"), [])
+
+
+def public(tree: ast.Module, kind: type) -> list:
+    return [node for node in tree.body if isinstance(node, kind) and node.name in public_names(tree)]
+
+
+def arguments(function: ast.FunctionDef) -> list[ast.arg]:
+    own = function.args
+    return [a for a in (*own.posonlyargs, *own.args, own.vararg, *own.kwonlyargs, own.kwarg) if a is not None and a.arg not in ("self", "cls")]
+
+
+def section(docstring: str, heading: str) -> str:
+    found = re.search(rf"^{heading}\n-+\n(.*?)(?=^\w+\n---|\Z)", docstring, re.M | re.S)
+    return found[1] if found else ""
+
+
+def listed(docstring: str) -> dict[str, tuple[str, str]]:
+    """Parameters of a numpydoc section: type and description by name; `a, b : int` lists two."""
+    found = {}
+    for names, kind, said in re.findall(r"^(\*{0,2}\w[\w, *]*?)(?: *: *(.+))?\n((?:(?: {4}.*)?\n)*)", section(docstring, "Parameters").rstrip() + "\n", re.M):
+        found |= {name.strip(" *"): (kind, said) for name in names.split(",")}
+    return found
+
+
+def raised(function: ast.FunctionDef) -> set[str]:
+    """Errors that a function raises itself and does not catch itself; what its inner functions do counts as its own."""
+    found = set()
+
+    def look(node: ast.AST, caught: bool) -> None:
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and isinstance(node.exc.func, ast.Name) and not caught:
+            found.add(node.exc.func.id)
+        for child in ast.iter_child_nodes(node):
+            whole = isinstance(node, ast.Try) and child in node.body and any(h.type is None or ast.unparse(h.type) in ("Exception", "BaseException") for h in node.handlers)
+            look(child, caught or whole)
+
+    look(function, False)
+    return found
+
+
+def announced(error: str, docstring: str) -> bool:
+    """Whether a docstring names an error, or a kind of error that it is one of, such as OSError."""
+    kinds = [kind.__name__ for kind in getattr(builtins, error, Exception).__mro__ if kind not in (Exception, BaseException, object)]
+    return any(re.search(rf"\b{kind}\b", docstring) for kind in (error, *kinds))
+
+
+def documented_above(class_name: str, method: str) -> bool:
+    """Whether a base class in the library, or Keras, says what the method does."""
+    for base in map(ast.unparse, CLASSES[class_name].bases):
+        if base.startswith("keras.") and KERAS_METHODS.fullmatch(method):
+            return True
+        if (name := base.rpartition(".")[2]) in CLASSES:
+            own = next((n for n in CLASSES[name].body if isinstance(n, ast.FunctionDef) and n.name == method), None)
+            if (own and ast.get_docstring(own)) or documented_above(name, method):
+                return True
+    return False
+
+
+def leads_to(said: str, parameter: str) -> bool:
+    """Whether a description names a function or class of the library that describes a parameter of this name, or names another that does."""
+    named = {name.rpartition(".")[2] for name in re.findall(r"`([\w.]+)`", said)}
+    found = [listed(docstring)[parameter] for name, docstring in DOCSTRINGS if name in named and parameter in listed(docstring)]
+    return any(kind or leads_to(further, parameter) for kind, further in found)
+
+
+each_module = pytest.mark.parametrize("module", MODULES)
+
+
+@each_module
+def test_public_functions_say_their_types(module):
+    lacking = {node.name: [a.arg for a in arguments(node) if a.annotation is None] + ["what it returns"] * (node.returns is None) for node in public(MODULES[module], ast.FunctionDef)}
+    lacking = {name: what for name, what in lacking.items() if what}
+    assert not lacking, f"bloodnb.{module}: without a type: {lacking}. Annotate them."
+
+
+@each_module
+def test_public_names_have_docstrings(module):
+    silent = [node.name for node in public(MODULES[module], (ast.FunctionDef, ast.ClassDef)) if not ast.get_docstring(node)]
+    silent += [f"{one.name}.{m.name}" for one in public(MODULES[module], ast.ClassDef) for m in one.body
+               if isinstance(m, ast.FunctionDef) and not m.name.startswith("_") and not ast.get_docstring(m) and not documented_above(one.name, m.name)]
+    assert not silent, f"bloodnb.{module}: without a docstring, and no base class has one either: {silent}"
+
+
+@each_module
+def test_functions_of_many_parameters_list_them(module):
+    wrong = {}
+    for node in public(MODULES[module], ast.FunctionDef):
+        names, told = [a.arg for a in arguments(node)], listed(ast.get_docstring(node) or "")
+        open_ended = [a.arg for a in (node.args.vararg, node.args.kwarg) if a]
+        if len(names) >= MANY or told:
+            missing, unknown = [n for n in names if n not in told], [n for n in told if n not in names]
+            vague = [n for n in names if n in told and not told[n][0] and not leads_to(told[n][1], n) and n not in open_ended]
+            wrong |= {node.name: {"not listed": missing, "listed, but no parameter": unknown, "neither a type nor a function that describes it": vague}} if missing or unknown or vague else {}
+    assert not wrong, f"bloodnb.{module}: the docstring's section Parameters: {wrong}"
+
+
+@each_module
+def test_errors_that_are_raised_are_announced(module):
+    functions = [(node.name, node) for node in public(MODULES[module], ast.FunctionDef)]
+    functions += [(f"{one.name}.{m.name}", m) for one in public(MODULES[module], ast.ClassDef) for m in one.body if isinstance(m, ast.FunctionDef) and not m.name.startswith("_")]
+    silent = {name: sorted(errors) for name, node in functions if (errors := {e for e in raised(node) if not announced(e, ast.get_docstring(node) or "")})}
+    assert not silent, f"bloodnb.{module}: raised and not in the docstring: {silent}. Say when, under Raises."
+
+
+def test_sections_are_read_as_numpydoc_writes_them():
+    docstring = "Do.\n\nParameters\n----------\na, b : int\n    Two.\n*rest : str\nmodel, layer\n    See `grad_cam`.\n\nRaises\n------\nValueError\n    If so.\n"
+    assert {name: kind for name, (kind, _) in listed(docstring).items()} == {"a": "int", "b": "int", "rest": "str", "model": "", "layer": ""}
+    assert leads_to("See `grad_cam`.", "images") and not leads_to("See `grad_cam`.", "nothing")
+    function = ast.parse("def f():\n    try:\n        raise KeyError(1)\n    except Exception:\n        raise ValueError(1)").body[0]
+    assert raised(function) == {"ValueError"}
