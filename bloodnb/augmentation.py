@@ -52,6 +52,11 @@ class SomeOf(PlainOperation):
         Or names or dicts, as `as_operation` takes them.
     n : int or (int, int)
         How many, or a range from which it is drawn for each picture.
+
+    Raises
+    ------
+    ValueError
+        If `n` is no such number or range, or an operation is unknown or mixes pictures.
     """
 
     def __init__(self, operations: Sequence, n: int | tuple[int, int] = 1, **kwargs):
@@ -143,6 +148,11 @@ class AugMix(PlainOperation):
         Strength of the operations, 0..1; 0 changes nothing.
     alpha : float
         Of the Dirichlet weights of the copies and of the Beta weight of their average.
+
+    Raises
+    ------
+    ValueError
+        If a number lies outside its range.
     """
 
     def __init__(self, n_chains: int = 3, depth: int = 3, factor: float = 0.3, alpha: float = 1.0, **kwargs):
@@ -209,7 +219,7 @@ class Mixing(Operation):
         return mixed, None if labels is None else share[:, None] * labels[:, 0] + (1 - share[:, None]) * labels[:, 1]
 
     @staticmethod
-    def mix(pairs, share, base):
+    def mix(pairs: keras.KerasTensor, share: keras.KerasTensor, base: keras.KerasTensor) -> tuple[keras.KerasTensor, keras.KerasTensor]:
         """Pairs (b, 2, h, w, 3), the wanted share of the first (b,), 0..1, and `base` of the `Draws`, to pictures (b, h, w, 3) and the share that it got (b,)."""
         raise NotImplementedError
 
@@ -250,6 +260,11 @@ class Pipeline(Operation):
     ----------
     operations : sequence
         Operations, or names or dicts, as `as_operation` takes them; the empty pipeline changes nothing.
+
+    Raises
+    ------
+    ValueError
+        If an operation is unknown, or a `rate` below 1 is given.
     """
 
     def __init__(self, operations: Sequence = (), **kwargs):
@@ -269,6 +284,7 @@ class Pipeline(Operation):
         images, labels, _ = state
         return images[:, 0], None if labels is None else labels[:, 0]
 
+# %% ../nbs/03_augmentation.ipynb #27c80434
 def _step(operation, levels, left, images, labels, draws, stream):
     "One operation, or a list of plain ones, on (b, 2**(levels + left), ...): pictures join in groups of 2**levels, and (b, 2**left, ...) remain."
     x = ops.reshape(images, (-1, 2**levels, *images.shape[2:]))
@@ -340,6 +356,11 @@ class OneOf(Operation):
         Each a Pipeline, a list of operations, or one operation; the empty list leaves pictures as they are.
     static : bool
         True makes all pictures go every way, for fixed shapes (XLA); under JAX's jit it is always so. The result is the same.
+
+    Raises
+    ------
+    ValueError
+        If there are no ways.
     """
 
     def __init__(self, ways: Sequence, static: bool = False, **kwargs):

@@ -38,6 +38,7 @@ class ImageNetScale(keras.layers.Layer):
     ----------
     scale : {"0..255", "0..1", "-1..1", "mean/std", "BGR-mean"}
         All but 0..1 are what `keras.applications.imagenet_utils.preprocess_input` calls no mode, `"tf"`, `"torch"` and `"caffe"`.
+        ValueError for others.
 
     Call arguments
     --------------

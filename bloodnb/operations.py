@@ -87,7 +87,7 @@ class Draws:
         Instead of keys and seed: the state of another source.
     """
 
-    def __init__(self, keys=None, seed: int = 0, base=None):
+    def __init__(self, keys: keras.KerasTensor | None = None, seed: int = 0, base: keras.KerasTensor | None = None):
         if base is not None:
             self.base = base
             return
@@ -98,25 +98,25 @@ class Draws:
         """An independent source for the same pictures, e.g. for the operation at this place of a pipeline."""
         return Draws(base=_scramble(self.base + _int32((number + 1) * 0x9E3779B9)))
 
-    def rows(self, at) -> Draws:
+    def rows(self, at: keras.KerasTensor) -> Draws:
         """The source of some of the pictures: `at` is an int tensor of positions."""
         return Draws(base=ops.take(self.base, at, axis=0))
 
-    def bits(self, n: int):
+    def bits(self, n: int) -> keras.KerasTensor:
         """Random bits: int32, shape (b, n)."""
         return _scramble(ops.bitwise_xor(self.base[:, None], ops.convert_to_tensor(_counters(n))[None]))
 
-    def uniform(self, n: int):
+    def uniform(self, n: int) -> keras.KerasTensor:
         """Numbers: float32, shape (b, n), 0 <= u < 1, multiples of 2**-24."""
         return ops.cast(_shifted(self.bits(n), 8), "float32") * np.float32(2**-24)
 
-    def normal(self, n: int):
+    def normal(self, n: int) -> keras.KerasTensor:
         """Standard normal numbers: float32, shape (b, n), within 4.2 standard deviations."""
         bits = self.bits((n + 1) // 2)
         halves = ops.concatenate([_shifted(bits, 16), ops.bitwise_and(bits, 0xFFFF)], axis=1)
         return ops.take(ops.convert_to_tensor(_normal_table()), halves[:, :n], axis=0)
 
-    def levels(self, table: np.ndarray, n: int | None = None):
+    def levels(self, table: np.ndarray, n: int | None = None) -> keras.KerasTensor:
         """A random row of a constant table for each picture, shape (b, *table.shape[1:]), or n of them, (b, n, *table.shape[1:])."""
         at = ops.cast(self.uniform(n or 1) * len(table), "int32")
         return ops.take(ops.convert_to_tensor(table), at[:, 0] if n is None else at, axis=0)
@@ -293,8 +293,8 @@ class Operation(_Remembering):
         self.seed_generator = keras.random.SeedGenerator(self.seed)
         self.built = True  # there is nothing to build
 
-    def apply(self, images, labels, draws: Draws):
-        "Float pictures (b, 2**levels, h, w, 3), labels (b, 2**levels, c) or None, numbers for all of them; to (b, h, w, 3) and (b, c) or None."
+    def apply(self, images: keras.KerasTensor, labels: keras.KerasTensor | None, draws: Draws) -> tuple[keras.KerasTensor, keras.KerasTensor | None]:
+        """Float pictures (b, 2**levels, h, w, 3), labels (b, 2**levels, c) or None, numbers for all of them; to (b, h, w, 3) and (b, c) or None."""
         raise NotImplementedError
 
     def call(self, images, labels=None, keys=None, training=True):
@@ -354,13 +354,13 @@ class PlainOperation(Operation):
         return (PlainOperation,)
 
     @classmethod
-    def merge(cls, images, group, counts=None):
+    def merge(cls, images: keras.KerasTensor, group: Sequence[tuple], counts: keras.KerasTensor | None = None) -> keras.KerasTensor:
         """Do to float pictures (b, h, w, 3), of these histograms if known, what the (operation, draws, on) of the group say, in order."""
         for operation, draws, on in group:
             images = _where(on, ops.clip(operation.change(images, draws), 0, 255), images)
         return images
 
-    def change(self, images, draws: Draws):
+    def change(self, images: keras.KerasTensor, draws: Draws) -> keras.KerasTensor:
         """Float pictures (b, h, w, 3), 0..255, changed at full rate; what leaves 0..255 the caller cuts off."""
         raise NotImplementedError
 
@@ -409,7 +409,7 @@ class Tone(_WithFactor):
             tables = _where(on, ops.clip(operation.tables(tables, counts, draws), 0, 255), tables)
         return _where(functools.reduce(ops.logical_or, [on for *_, on in group]), apply_tables(images, tables), images)
 
-    def tables(self, tables, counts, draws):
+    def tables(self, tables: keras.KerasTensor, counts: keras.KerasTensor, draws: Draws) -> keras.KerasTensor:
         """Edit tables (b, 3, 256), levels 0..255, of pictures with these histograms (b, 3, 256); returns new ones, which the caller cuts to 0..255."""
         raise NotImplementedError
 
@@ -528,7 +528,7 @@ class Colour(PlainOperation):
             total = _where(on, both, total)
         return apply_colours(images, total)
 
-    def matrices(self, draws):
+    def matrices(self, draws: Draws) -> keras.KerasTensor:
         """Matrices float32 (b, 3, 4) from (r, g, b, 1) to (r, g, b); the last column is in levels."""
         raise NotImplementedError
 
@@ -590,6 +590,11 @@ class Geometry(PlainOperation):
         What appears where the picture ends: its mirror image, its last pixel, or `fill_value`.
     fill_value : float
         0..255.
+
+    Raises
+    ------
+    ValueError
+        If `fill` is unknown.
     """
 
     def __init__(self, *args, fill: str = "reflect", fill_value: float = 0.0, **kwargs):
@@ -611,7 +616,7 @@ class Geometry(PlainOperation):
             total = _where(on, _product(total, own), total)
         return warp(images, total[:, :2], fill=fill, fill_value=fill_value)
 
-    def matrices(self, draws, height, width):
+    def matrices(self, draws: Draws, height: int, width: int) -> keras.KerasTensor:
         """Matrices float32 (b, 2, 3) from a pixel of the result to its place in the picture of these sides, as `warp` wants them."""
         raise NotImplementedError
 
@@ -713,7 +718,7 @@ class Sides(_WithFactor):
         return apply_sides(images, *both)
 
     @staticmethod
-    def table(low, high, side):
+    def table(low: float, high: float, side: int) -> np.ndarray:
         """Matrices float32 (64, side, side), whose rows sum to 1, of strengths from low to high."""
         raise NotImplementedError
 
@@ -829,7 +834,7 @@ class Occlusion(_WithFactor):
         return self.hide(images, level[..., None, None], self.strength(draws), draws.child(1).base)
 
     @staticmethod
-    def hide(images, level, factor, base):
+    def hide(images: keras.KerasTensor, level: keras.KerasTensor, factor: keras.KerasTensor, base: keras.KerasTensor) -> keras.KerasTensor:
         """Images float (b, h, w, 3) with a part at `level` (b, 1, 1, 1), 0..255; factor (b, 1), 0..1; `base` int32 (b,) of the `Draws` that decide where."""
         raise NotImplementedError
 

@@ -227,6 +227,11 @@ class TrainedModel:
     class_names : tuple of str
     name : str
         For README.txt.
+
+    Raises
+    ------
+    ValueError
+        If a choice is unknown, or the model does not give a probability for each class.
     """
 
     model: keras.Model

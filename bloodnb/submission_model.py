@@ -266,11 +266,11 @@ class Member:
         Its entry in `settings.json`; errors as of `load_network`.
     """
 
-    def __init__(self, folder, entry):
+    def __init__(self, folder: Path, entry: dict):
         self.side, self.background, self.views = entry["shape"][0], entry["background"], entry["views"]
         self.network, self.arrays = load_network(folder, entry)
 
-    def prepare(self, images):
+    def prepare(self, images: np.ndarray) -> np.ndarray:
         """Pictures uint8 (n, 96, 96, 3), or of the network's own size, as the network knows them."""
         if images.shape[1] != self.side:
             images = resize_pictures(images, self.arrays["resize"])
@@ -278,7 +278,7 @@ class Member:
             images = whiten_background(images, self.arrays["blur"], self.background == "center")
         return images
 
-    def y_prob(self, images):
+    def y_prob(self, images: np.ndarray) -> np.ndarray:
         """Probabilities float64 (n, n_classes), the mean over the views, of pictures uint8 (n, side, side, 3)."""
         prepared = self.prepare(images)
         said = [self.network(np.ascontiguousarray(view(prepared, *one), dtype=np.float32)) for one in self.views]
@@ -326,7 +326,7 @@ class Model:
         own = {member.side for member in self.members}
         self.sides = sorted({96} | (own if len(own) == 1 else set()))
 
-    def predict_proba(self, X):
+    def predict_proba(self, X: np.ndarray) -> np.ndarray:
         """Probabilities float32 (n, n_classes) of pictures uint8 (n, 96, 96, 3)."""
         check_pictures(X, self.sides)
         y_prob = np.zeros((len(X), len(self.class_names)), np.float32)
@@ -335,6 +335,6 @@ class Model:
             y_prob[start : start + BATCH] = combine(said, self.combination)
         return y_prob
 
-    def predict(self, X):
+    def predict(self, X: np.ndarray) -> np.ndarray:
         """Labels int64 (n,), positions in the course's order of classes, of pictures uint8 (n, 96, 96, 3)."""
         return self.predict_proba(X).argmax(axis=1).astype(np.int64)

@@ -57,7 +57,7 @@ __all__ = ['KINDS', 'SPACES', 'FIXED', 'POINTS', 'SAMPLERS', 'PRUNERS', 'OBJECTI
 KINDS = ("float", "int", "choice")
 @dataclass(frozen=True)
 class Dimension:
-    """One thing that a search varies.
+    """One thing that a search varies. ValueError for a kind, range, step or choices that cannot be.
 
     Attributes
     ----------

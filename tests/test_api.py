@@ -18,8 +18,17 @@ def public_names(tree: ast.Module) -> list[str]:
     return next((ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__"), [])
 
 
-def public(tree: ast.Module, kind: type) -> list:
+def public(tree: ast.Module, kind: type | tuple) -> list:
     return [node for node in tree.body if isinstance(node, kind) and node.name in public_names(tree)]
+
+
+def methods(one: ast.ClassDef) -> list[ast.FunctionDef]:
+    return [node for node in one.body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
+
+
+def own_methods(tree: ast.Module) -> dict[str, ast.FunctionDef]:
+    """Public methods, but for those that do what a base class says of them."""
+    return {f"{one.name}.{m.name}": m for one in public(tree, ast.ClassDef) for m in methods(one) if not documented_above(one.name, m.name)}
 
 
 def arguments(function: ast.FunctionDef) -> list[ast.arg]:
@@ -73,28 +82,29 @@ def documented_above(class_name: str, method: str) -> bool:
     return False
 
 
-def leads_to(said: str, parameter: str) -> bool:
+def leads_to(said: str, parameter: str, passed: frozenset = frozenset()) -> bool:
     """Whether a description names a function or class of the library that describes a parameter of this name, or names another that does."""
-    named = {name.rpartition(".")[2] for name in re.findall(r"`([\w.]+)`", said)}
+    named = {name.rpartition(".")[2] for name in re.findall(r"`([\w.]+)`", said)} - passed
     found = [listed(docstring)[parameter] for name, docstring in DOCSTRINGS if name in named and parameter in listed(docstring)]
-    return any(kind or leads_to(further, parameter) for kind, further in found)
+    return any(kind or leads_to(further, parameter, passed | named) for kind, further in found)
 
 
 each_module = pytest.mark.parametrize("module", MODULES)
 
 
 @each_module
-def test_public_functions_say_their_types(module):
-    lacking = {node.name: [a.arg for a in arguments(node) if a.annotation is None] + ["what it returns"] * (node.returns is None) for node in public(MODULES[module], ast.FunctionDef)}
+def test_public_functions_and_methods_say_their_types(module):
+    tree = MODULES[module]
+    lacking = {name: [a.arg for a in arguments(node) if a.annotation is None] + ["what it returns"] * (node.returns is None)
+               for name, node in ({f.name: f for f in public(tree, ast.FunctionDef)} | own_methods(tree)).items()}
     lacking = {name: what for name, what in lacking.items() if what}
     assert not lacking, f"bloodnb.{module}: without a type: {lacking}. Annotate them."
 
 
 @each_module
 def test_public_names_have_docstrings(module):
-    silent = [node.name for node in public(MODULES[module], (ast.FunctionDef, ast.ClassDef)) if not ast.get_docstring(node)]
-    silent += [f"{one.name}.{m.name}" for one in public(MODULES[module], ast.ClassDef) for m in one.body
-               if isinstance(m, ast.FunctionDef) and not m.name.startswith("_") and not ast.get_docstring(m) and not documented_above(one.name, m.name)]
+    tree = MODULES[module]
+    silent = [name for name, node in ({n.name: n for n in public(tree, (ast.FunctionDef, ast.ClassDef))} | own_methods(tree)).items() if not ast.get_docstring(node)]
     assert not silent, f"bloodnb.{module}: without a docstring, and no base class has one either: {silent}"
 
 
@@ -113,9 +123,11 @@ def test_functions_of_many_parameters_list_them(module):
 
 @each_module
 def test_errors_that_are_raised_are_announced(module):
-    functions = [(node.name, node) for node in public(MODULES[module], ast.FunctionDef)]
-    functions += [(f"{one.name}.{m.name}", m) for one in public(MODULES[module], ast.ClassDef) for m in one.body if isinstance(m, ast.FunctionDef) and not m.name.startswith("_")]
-    silent = {name: sorted(errors) for name, node in functions if (errors := {e for e in raised(node) if not announced(e, ast.get_docstring(node) or "")})}
+    said = [(node.name, node, node) for node in public(MODULES[module], ast.FunctionDef)]
+    for one in public(MODULES[module], ast.ClassDef):  # what making one raises, the class says
+        said += [(one.name, m, one) for m in one.body if isinstance(m, ast.FunctionDef) and m.name in ("__init__", "__post_init__")]
+        said += [(f"{one.name}.{m.name}", m, m) for m in methods(one)]
+    silent = {name: sorted(errors) for name, body, node in said if (errors := {e for e in raised(body) if not announced(e, ast.get_docstring(node) or "")})}
     assert not silent, f"bloodnb.{module}: raised and not in the docstring: {silent}. Say when, under Raises."
 
 
