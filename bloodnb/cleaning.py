@@ -72,7 +72,7 @@ def _findings(cells: CellImages, at: np.ndarray, kind: str, score: np.ndarray, g
                          "kept": np.zeros(len(at), bool)}).sort_values("index", ignore_index=True)
 
 # %% ../nbs/02_cleaning.ipynb #3118f0c4
-def find_similar(cells: CellImages, features: np.ndarray, references: Sequence[int], threshold: float = 0.8) -> pd.DataFrame:
+def find_similar(cells: CellImages, features: np.ndarray, references: Sequence[int], similarity: float = 0.8) -> pd.DataFrame:
     """Find images like some that are known to be junk, by the cosine of their features.
 
     Parameters
@@ -82,7 +82,7 @@ def find_similar(cells: CellImages, features: np.ndarray, references: Sequence[i
         E.g. `bloodnb.models.image_features(cells.images, feature_extractor("VGG16", layer="fc1"))`, as in one report.
     references : sequence of int
         Indices (of `cells.index`) of the known junk.
-    threshold : float
+    similarity : float
         Cosine above which an image is junk too, -1..1.
 
     Returns
@@ -102,7 +102,7 @@ def find_similar(cells: CellImages, features: np.ndarray, references: Sequence[i
     rows = unit_rows(features, len(cells))
     cosine = rows @ rows[known].T
     best = cosine.max(axis=1)
-    return _findings(cells, np.flatnonzero(best > threshold), "like a reference", best, cells.index[known[cosine.argmax(axis=1)]])
+    return _findings(cells, np.flatnonzero(best > similarity), "like a reference", best, cells.index[known[cosine.argmax(axis=1)]])
 
 # %% ../nbs/02_cleaning.ipynb #2dddd9d5
 def _moments(images: np.ndarray) -> np.ndarray:
@@ -379,7 +379,7 @@ def plot_findings_map(cells: CellImages, findings: pd.DataFrame, n: int = 30) ->
 # %% ../nbs/02_cleaning.ipynb #9201f89c
 BACKGROUNDS = ("keep", "remove", "center")
 
-def remove_background(images: np.ndarray, blur: float = 2.0, center: bool = False, fill: int = 255) -> np.ndarray:
+def remove_background(images: np.ndarray, blur: float = 2.0, center: bool = False, fill_value: int = 255) -> np.ndarray:
     """Paint over everything that is no stained cell.
 
     Parameters
@@ -388,7 +388,7 @@ def remove_background(images: np.ndarray, blur: float = 2.0, center: bool = Fals
         RGB, 0..255.
     blur, center
         See `bloodnb.exploration.cell_masks`.
-    fill : int
+    fill_value : int
         Value of the painted pixels in all channels, 0..255.
 
     Returns
@@ -399,13 +399,13 @@ def remove_background(images: np.ndarray, blur: float = 2.0, center: bool = Fals
     Raises
     ------
     ValueError
-        If `fill` is no pixel value.
+        If `fill_value` is no pixel value.
     """
-    if not 0 <= fill <= 255:
-        raise ValueError(f"fill is {fill}; wanted a pixel value of 0 to 255.")
+    if not 0 <= fill_value <= 255:
+        raise ValueError(f"fill_value is {fill_value}; wanted a pixel value of 0 to 255.")
     masks = cell_masks(images, blur, center)
     masks[~masks.any(axis=(1, 2))] = True
-    return np.where(masks[..., None], images, np.uint8(fill))
+    return np.where(masks[..., None], images, np.uint8(fill_value))
 
 def set_background(cells: CellImages, background: str = "keep") -> CellImages:
     """The cells with their background as a recipe wants it: "keep", "remove", or "center" for the middle piece alone (see `remove_background`); ValueError for other names."""

@@ -229,7 +229,8 @@ def _own_dimensions(parts: Sequence[str]) -> tuple[Dimension, ...]:
     parts_of_head = {name: made.pop(name) for name in _HEAD_PARTS if name in made}
     layers = made.pop("head_layers", None)
     if (layers is None) != ("head_units" not in parts_of_head) or (parts_of_head and layers is None):
-        raise ValueError("a head in parts wants both, e.g. head_layers=1..2;head_units=64..512/64")
+        got = ", ".join([*(["head_layers"] if layers else []), *parts_of_head])
+        raise ValueError(f"of a head in parts the space has {got}; wanted head_layers and head_units, e.g. head_layers=1..2;head_units=64..512/64")
     return (*made.values(), *(_layers(layers, **parts_of_head) if layers else ()))
 
 # %% ../nbs/11_tuning.ipynb #379649a9
