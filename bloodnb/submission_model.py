@@ -88,7 +88,7 @@ def otsu_threshold(grey: np.ndarray) -> int:
 
     Parameters
     ----------
-    grey : ndarray of int, 0..255
+    grey : ndarray of int, any shape, 0..255
 
     Returns
     -------
@@ -175,6 +175,11 @@ def view(images: np.ndarray, turns: int, mirrored: bool) -> np.ndarray:
         Quarter turns, counter-clockwise.
     mirrored : bool
         Left to right, before the turns.
+
+    Returns
+    -------
+    ndarray, shape (n, side, side, 3)
+        Shares its memory with `images`.
     """
     return np.rot90(images[:, :, ::-1] if mirrored else images, turns, axes=(1, 2))
 

@@ -122,6 +122,14 @@ def test_functions_of_many_parameters_list_them(module):
 
 
 @each_module
+def test_arrays_have_shapes(module):
+    shapeless = [f"{node.name}({a.arg})" for node in public(MODULES[module], ast.FunctionDef) for a in arguments(node)
+                 if a.annotation and ast.unparse(a.annotation).removesuffix(" | None") == "np.ndarray" and (kind := listed(ast.get_docstring(node) or "").get(a.arg, ("",))[0])
+                 and "shape" not in kind]
+    assert not shapeless, f"bloodnb.{module}: arrays whose shape the docstring leaves open: {shapeless}. Write e.g. `images : ndarray of uint8, shape (n, height, width, 3)`."
+
+
+@each_module
 def test_errors_that_are_raised_are_announced(module):
     said = [(node.name, node, node) for node in public(MODULES[module], ast.FunctionDef)]
     for one in public(MODULES[module], ast.ClassDef):  # what making one raises, the class says
