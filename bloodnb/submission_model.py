@@ -6,9 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,7 +15,7 @@ __all__ = ['BATCH', 'check_pictures', 'resize_pictures', 'blurred_grey', 'otsu_t
            'whiten_background', 'view', 'build_network', 'load_network', 'Member', 'combine', 'Model']
 
 # %% ../nbs/12_submission_model.ipynb #d1b9e43e
-def check_pictures(X: np.ndarray, sides: Sequence[int] = (96,)) -> None:
+def check_pictures(X: np.ndarray, sides: tuple[int, ...] | list[int] = (96,)) -> None:
     """Refuse what is no array of pictures.
 
     Parameters
@@ -186,7 +184,7 @@ def view(images: np.ndarray, turns: int, mirrored: bool) -> np.ndarray:
 # %% ../nbs/12_submission_model.ipynb #e5ef3934
 BATCH = 128
 
-def build_network(shape: Sequence[int], steps: Sequence[dict], arrays: Mapping[str, np.ndarray]) -> Any:
+def build_network(shape: tuple[int, ...] | list[int], steps: list[dict], arrays: dict[str, np.ndarray]) -> object:
     """A network from its list of layers.
 
     Parameters
@@ -195,7 +193,7 @@ def build_network(shape: Sequence[int], steps: Sequence[dict], arrays: Mapping[s
         Of one input: (side, side, 3) for pictures.
     steps : list of dict
         `layer` (a name in keras.layers), `config` (its arguments), `inputs` (numbers of earlier steps, from 1; 0 for the input).
-    arrays : mapping of str to ndarray
+    arrays : dict of str to ndarray
         Weights of step i: "i/0", "i/1", ...
 
     Returns
@@ -219,7 +217,7 @@ def build_network(shape: Sequence[int], steps: Sequence[dict], arrays: Mapping[s
     return keras.Model(results[0], results[-1])
 
 # %% ../nbs/12_submission_model.ipynb #0db4785e
-def load_network(folder: Path, entry: dict) -> tuple[Callable, dict[str, np.ndarray]]:
+def load_network(folder: Path, entry: dict) -> tuple[object, dict[str, np.ndarray]]:
     """A network, by Keras or by ONNX Runtime.
 
     Parameters
