@@ -52,6 +52,11 @@ class SomeOf(PlainOperation):
         Or names or dicts, as `as_operation` takes them.
     n : int or (int, int)
         How many, or a range from which it is drawn for each picture.
+
+    Raises
+    ------
+    ValueError
+        If `n` is no such number or range, or an operation is unknown or mixes pictures.
     """
 
     def __init__(self, operations: Sequence, n: int | tuple[int, int] = 1, **kwargs):
@@ -143,6 +148,11 @@ class AugMix(PlainOperation):
         Strength of the operations, 0..1; 0 changes nothing.
     alpha : float
         Of the Dirichlet weights of the copies and of the Beta weight of their average.
+
+    Raises
+    ------
+    ValueError
+        If a number lies outside its range.
     """
 
     def __init__(self, n_chains: int = 3, depth: int = 3, factor: float = 0.3, alpha: float = 1.0, **kwargs):
@@ -163,9 +173,24 @@ class AugMix(PlainOperation):
         weights = draws.child(k).levels(_quantiles("gamma", self.alpha), k)  # in proportion, as a Dirichlet's
         return blend(images, copies, draws.child(k + 1).levels(_quantiles("beta", self.alpha))[:, None], weights)
 
+# %% ../nbs/03_augmentation.ipynb #dd1ef351
 @single.compiled
-def blend(images, copies, kept, weights):
-    """Of images (b, h, w, 3) the share `kept` (b, 1), of copies (b, k, h, w, 3) the rest by their weights (b, k)."""
+def blend(images: keras.KerasTensor, copies: keras.KerasTensor, kept: keras.KerasTensor, weights: keras.KerasTensor) -> keras.KerasTensor:
+    """Mix pictures with the weighted mean of their copies.
+
+    Parameters
+    ----------
+    images : float32 tensor, shape (b, h, w, 3)
+    copies : float32 tensor, shape (b, k, h, w, 3)
+    kept : float32 tensor, shape (b, 1)
+        Share of the picture itself, 0..1.
+    weights : float32 tensor, shape (b, k)
+        Of the copies, 0 or more; they count by their shares.
+
+    Returns
+    -------
+    float32 tensor, shape (b, h, w, 3)
+    """
     k = copies.shape[1]
     total = sum(weights[:, i, None, None, None] * copies[:, i] for i in range(k)) / sum(weights[:, i, None, None, None] for i in range(k))
     return kept[..., None, None] * images + (1 - kept[..., None, None]) * total
@@ -194,8 +219,8 @@ class Mixing(Operation):
         return mixed, None if labels is None else share[:, None] * labels[:, 0] + (1 - share[:, None]) * labels[:, 1]
 
     @staticmethod
-    def mix(pairs, share, base):
-        """Pairs (b, 2, h, w, 3) and the wanted share of the first (b,), to pictures (b, h, w, 3) and the share that it got."""
+    def mix(pairs: keras.KerasTensor, share: keras.KerasTensor, base: keras.KerasTensor) -> tuple[keras.KerasTensor, keras.KerasTensor]:
+        """Pairs (b, 2, h, w, 3), the wanted share of the first (b,), 0..1, and `base` of the `Draws`, to pictures (b, h, w, 3) and the share that it got (b,)."""
         raise NotImplementedError
 
 # %% ../nbs/03_augmentation.ipynb #9b1a9c01
@@ -235,6 +260,11 @@ class Pipeline(Operation):
     ----------
     operations : sequence
         Operations, or names or dicts, as `as_operation` takes them; the empty pipeline changes nothing.
+
+    Raises
+    ------
+    ValueError
+        If an operation is unknown, or a `rate` below 1 is given.
     """
 
     def __init__(self, operations: Sequence = (), **kwargs):
@@ -254,6 +284,7 @@ class Pipeline(Operation):
         images, labels, _ = state
         return images[:, 0], None if labels is None else labels[:, 0]
 
+# %% ../nbs/03_augmentation.ipynb #27c80434
 def _step(operation, levels, left, images, labels, draws, stream):
     "One operation, or a list of plain ones, on (b, 2**(levels + left), ...): pictures join in groups of 2**levels, and (b, 2**left, ...) remain."
     x = ops.reshape(images, (-1, 2**levels, *images.shape[2:]))
@@ -325,6 +356,11 @@ class OneOf(Operation):
         Each a Pipeline, a list of operations, or one operation; the empty list leaves pictures as they are.
     static : bool
         True makes all pictures go every way, for fixed shapes (XLA); under JAX's jit it is always so. The result is the same.
+
+    Raises
+    ------
+    ValueError
+        If there are no ways.
     """
 
     def __init__(self, ways: Sequence, static: bool = False, **kwargs):
@@ -672,7 +708,8 @@ def _stream(batches, length: int | None, *signature):
     return stream if length is None else stream.apply(tf.data.experimental.assert_cardinality(length))
 
 # %% ../nbs/03_augmentation.ipynb #bdf1819c
-def augmented_dataset(cells: CellImages, pipeline: Pipeline | str, epochs: Sequence[int], batch_size: int = 32, num_parallel_calls: int | None = None, shuffle: bool = True):
+def augmented_dataset(cells: CellImages, pipeline: Pipeline | str, epochs: Sequence[int], batch_size: int = 32, num_parallel_calls: int | None = None,
+                      shuffle: bool = True) -> Any:
     """The same as a `tf.data.Dataset` (TensorFlow only).
 
     Parameters
@@ -691,6 +728,11 @@ def augmented_dataset(cells: CellImages, pipeline: Pipeline | str, epochs: Seque
     -------
     tf.data.Dataset
         Batches of (images uint8 (b, height, width, 3), labels float32 (b, n_classes)); `ceil(n / batch_size)` for each epoch.
+
+    Raises
+    ------
+    RuntimeError
+        If Keras does not run on TensorFlow.
     """
     if keras.backend.backend() != "tensorflow":
         raise RuntimeError(f"Keras runs on {keras.backend.backend()}; augmented_dataset wants TensorFlow. Remedy: KERAS_BACKEND=tensorflow, or Augmenter, which runs on any.")
@@ -753,7 +795,7 @@ def _keras_cv_layers(layers: list, batch: dict) -> dict:
     return batch
 
 # %% ../nbs/03_augmentation.ipynb #3f25033b
-def keras_cv_dataset(cells: CellImages, name: str, epochs: int | None = 1, batch_size: int = 32, seed: int = 0):
+def keras_cv_dataset(cells: CellImages, name: str, epochs: int | None = 1, batch_size: int = 32, seed: int = 0) -> Any:
     """A pipeline of `PIPELINES` made of KerasCV's layers, as a `tf.data.Dataset`.
 
     Parameters

@@ -242,7 +242,16 @@ def balance(train: CellImages, method: str, *, held_out: Mapping[str, CellImages
 
 # %% ../nbs/03_balancing.ipynb #7e365466
 def show_training(training: TrainingSet, n: int = 10, seed: int = 0) -> Figure:
-    """A sheet of n random pictures of each origin, with their largest share under mixed ones."""
+    """A sheet of n random pictures of each origin, with their largest share under mixed ones.
+
+    Parameters
+    ----------
+    training : TrainingSet
+    n : int
+        Pictures of each origin, 1 or more.
+    seed : int
+        Of the choice.
+    """
     kinds = [kind for kind in range(len(ORIGINS)) if (training.origin == kind).any()]
     fig, axes = plt.subplots(len(kinds), n, figsize=(1.05 * n, 1.25 * len(kinds)), squeeze=False, layout="constrained")
     plt.close(fig)

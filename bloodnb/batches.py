@@ -237,7 +237,7 @@ def _training_identity(parameters: Mapping[str, Any], skip: Path | None) -> dict
     recipes.seeds_of(recipe, given["repeats"])
     runs.check_flags(cache=given["cache"], tensorboard=given["tensorboard"])
     if given["blacklist"] and not Path(given["blacklist"]).is_file():
-        raise FileNotFoundError(f"there is no blacklist {given['blacklist']} (paths count from {Path.cwd().name}/)")
+        raise FileNotFoundError(f"there is no blacklist {given['blacklist']} (paths count from {Path.cwd().name}/); wanted a file that clean.ipynb or write_blacklist wrote.")
     found = {**{name: given[name] for name in recipes.TRAIN_PARAMETERS}, **asdict(recipe)}
     found |= {name: _source_identity(given[name], skip) for name in ("data", "test_data")}
     return found | {name: _path_identity(found[name], skip) for name in ("blacklist", "epochs_from", "weights")}

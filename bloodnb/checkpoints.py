@@ -11,10 +11,10 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import keras
 import numpy as np
@@ -64,7 +64,7 @@ def model_fingerprint(model: keras.Model) -> str:
 
 # %% ../nbs/05_checkpoints.ipynb #6021a9fc
 @contextlib.contextmanager
-def whole_file(path: str | Path):
+def whole_file(path: str | Path) -> Iterator[BinaryIO]:
     """A binary file to write to, that takes its name only when it is complete; after an error nothing of it is left.
 
     Parameters
@@ -291,7 +291,17 @@ class Checkpoint(keras.callbacks.Callback):
 
 # %% ../nbs/05_checkpoints.ipynb #0690cefb
 def restore(state: State, model: keras.Model, callbacks: list[keras.callbacks.Callback]) -> None:
-    """Put a compiled model, its optimiser and its callbacks where they stood."""
+    """Put a compiled model, its optimiser and its callbacks where they stood.
+
+    Parameters
+    ----------
+    state : State
+        From `read_state`.
+    model : keras.Model
+        Compiled as it was; changed in place.
+    callbacks : list of keras.callbacks.Callback
+        Changed in place; those of which the state knows nothing stay.
+    """
     if not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)
     _assign(model.variables, state.model)

@@ -48,6 +48,11 @@ def find_contaminants(cells: CellImages, features: np.ndarray | None = None, thr
     -------
     DataFrame
         Findings of the kind "contaminant"; the score is the oddness, the group that of the copies; none is kept.
+
+    Raises
+    ------
+    ValueError
+        If groups or features do not fit the images.
     """
     rows, usual = (None, _FAR) if features is None else (unit_rows(features, len(cells)), _FAR_FEATURES)
     groups = near_groups(cells.images)[0] if groups is None else groups
@@ -67,7 +72,7 @@ def _findings(cells: CellImages, at: np.ndarray, kind: str, score: np.ndarray, g
                          "kept": np.zeros(len(at), bool)}).sort_values("index", ignore_index=True)
 
 # %% ../nbs/02_cleaning.ipynb #3118f0c4
-def find_similar(cells: CellImages, features: np.ndarray, references: Sequence[int], threshold: float = 0.8) -> pd.DataFrame:
+def find_similar(cells: CellImages, features: np.ndarray, references: Sequence[int], similarity: float = 0.8) -> pd.DataFrame:
     """Find images like some that are known to be junk, by the cosine of their features.
 
     Parameters
@@ -77,7 +82,7 @@ def find_similar(cells: CellImages, features: np.ndarray, references: Sequence[i
         E.g. `bloodnb.models.image_features(cells.images, feature_extractor("VGG16", layer="fc1"))`, as in one report.
     references : sequence of int
         Indices (of `cells.index`) of the known junk.
-    threshold : float
+    similarity : float
         Cosine above which an image is junk too, -1..1.
 
     Returns
@@ -97,7 +102,7 @@ def find_similar(cells: CellImages, features: np.ndarray, references: Sequence[i
     rows = unit_rows(features, len(cells))
     cosine = rows @ rows[known].T
     best = cosine.max(axis=1)
-    return _findings(cells, np.flatnonzero(best > threshold), "like a reference", best, cells.index[known[cosine.argmax(axis=1)]])
+    return _findings(cells, np.flatnonzero(best > similarity), "like a reference", best, cells.index[known[cosine.argmax(axis=1)]])
 
 # %% ../nbs/02_cleaning.ipynb #2dddd9d5
 def _moments(images: np.ndarray) -> np.ndarray:
@@ -128,6 +133,11 @@ def find_outliers(cells: CellImages, alpha: float = 3.0, robust: bool = False) -
     -------
     DataFrame
         Findings of the kind "outlier"; the score is the larger of the two distances in the class's standard deviations; none is kept.
+
+    Raises
+    ------
+    ValueError
+        If `alpha` is not above 0.
     """
     if not alpha > 0:
         raise ValueError(f"alpha is {alpha}; wanted a number of standard deviations above 0.")
@@ -142,7 +152,23 @@ def find_outliers(cells: CellImages, alpha: float = 3.0, robust: bool = False) -
 
 # %% ../nbs/02_cleaning.ipynb #0e02e1d4
 def plot_bounds(cells: CellImages, class_name: str, alpha: float = 3.0, ax: Axes | None = None) -> Figure:
-    """Mean and standard deviation of each image of a class, and what the two rules of `find_outliers` permit."""
+    """Mean and standard deviation of each image of a class, and what the two rules of `find_outliers` permit.
+
+    Parameters
+    ----------
+    cells : CellImages
+        With labels.
+    class_name : str
+    alpha : float
+        As in `find_outliers`.
+    ax : matplotlib.axes.Axes, optional
+        To draw on; by default a new figure's.
+
+    Raises
+    ------
+    ValueError
+        If there are no labels, or no image of the class.
+    """
     if cells.labels is None:
         raise ValueError(f"{cells.source} has no labels, so there are no classes; wanted a labelled source.")
     present = [cells.class_names[label] for label in np.unique(cells.labels)]
@@ -202,6 +228,11 @@ def combine(*findings: pd.DataFrame, at_least: int = 1) -> pd.DataFrame:
     -------
     DataFrame
         All findings, by index and kind; an image may be in several rows.
+
+    Raises
+    ------
+    ValueError
+        If `at_least` is not 1 to the number of findings.
     """
     if not 1 <= at_least <= len(findings):
         raise ValueError(f"at_least is {at_least} with {len(findings)} findings; wanted 1 to their number.")
@@ -250,8 +281,9 @@ def find_all(cells: CellImages, cleaning: str = "standard", features: np.ndarray
         What "standard" and "contaminants" compare the images by, instead of colour and texture.
     references : sequence of int
         Indices of known junk, for `find_similar`.
-    reference_features, similarity
-        Its features and threshold.
+    reference_features : ndarray of float, shape (n, d), optional
+    similarity : float
+        Its features and threshold, -1..1.
 
     Returns
     -------
@@ -277,7 +309,25 @@ def drop_findings(cells: CellImages, findings: pd.DataFrame) -> CellImages:
     return drop(cells, gone)
 
 def clean(cells: CellImages, cleaning: str = "standard", features: np.ndarray | None = None) -> tuple[CellImages, pd.DataFrame]:
-    """Drop what a cleaning finds (see `find_all` for parameters and errors); returns the images that stay, and the findings."""
+    """Drop what a cleaning finds.
+
+    Parameters
+    ----------
+    cells, cleaning, features
+        See `find_all`.
+
+    Returns
+    -------
+    cells : CellImages
+        Those that stay.
+    findings : DataFrame
+        See `find_all`.
+
+    Raises
+    ------
+    ValueError
+        If the cleaning is unknown, or nothing would stay.
+    """
     findings = find_all(cells, cleaning, features)
     return drop_findings(cells, findings), findings
 
@@ -291,14 +341,36 @@ def findings_table(findings: pd.DataFrame) -> pd.DataFrame:
     return table.assign(kept=table["images"] - table["dropped"])
 
 def summarize(cells: CellImages, cleaned: CellImages, findings: pd.DataFrame) -> dict:
-    """Numbers of a cleaning for `metrics.json`: images before, dropped and left, by kind, and by class before and after."""
+    """Numbers of a cleaning for `metrics.json`: images before, dropped and left, by kind, and by class before and after.
+
+    Parameters
+    ----------
+    cells, cleaned : CellImages
+        Before and after.
+    findings : DataFrame
+        What was dropped between them.
+
+    Returns
+    -------
+    dict
+        Whole numbers, ready for JSON.
+    """
     table = findings_table(findings)
     summary = {"n": len(cells), "dropped": len(cells) - len(cleaned), "left": len(cleaned),
                "kinds": {kind: {name: int(value) for name, value in row.items()} for kind, row in table.drop("any").iterrows()}}
     return summary | ({} if cells.labels is None else {"per_class": {"before": counts(cells), "after": counts(cleaned)}})
 
 def plot_findings_map(cells: CellImages, findings: pd.DataFrame, n: int = 30) -> Figure:
-    """The map of all images by colour and texture (`bloodnb.exploration.plot_map`), with pictures of what is dropped but is no mere copy."""
+    """The map of all images by colour and texture (`bloodnb.exploration.plot_map`), with pictures of what is dropped but is no mere copy.
+
+    Parameters
+    ----------
+    cells : CellImages
+        Before cleaning.
+    findings : DataFrame
+    n : int
+        At most so many pictures, those of the highest scores.
+    """
     own = findings[~findings["kept"] & ~findings["kind"].str.contains("duplicate")].sort_values("score", ascending=False)
     shown = own.drop_duplicates("group")["index"].head(n)
     features = colour_texture(cells.images)
@@ -307,7 +379,7 @@ def plot_findings_map(cells: CellImages, findings: pd.DataFrame, n: int = 30) ->
 # %% ../nbs/02_cleaning.ipynb #9201f89c
 BACKGROUNDS = ("keep", "remove", "center")
 
-def remove_background(images: np.ndarray, blur: float = 2.0, center: bool = False, fill: int = 255) -> np.ndarray:
+def remove_background(images: np.ndarray, blur: float = 2.0, center: bool = False, fill_value: int = 255) -> np.ndarray:
     """Paint over everything that is no stained cell.
 
     Parameters
@@ -316,22 +388,27 @@ def remove_background(images: np.ndarray, blur: float = 2.0, center: bool = Fals
         RGB, 0..255.
     blur, center
         See `bloodnb.exploration.cell_masks`.
-    fill : int
+    fill_value : int
         Value of the painted pixels in all channels, 0..255.
 
     Returns
     -------
     ndarray of uint8, shape (n, height, width, 3)
         New images; those of one colour come back as they are.
+
+    Raises
+    ------
+    ValueError
+        If `fill_value` is no pixel value.
     """
-    if not 0 <= fill <= 255:
-        raise ValueError(f"fill is {fill}; wanted a pixel value of 0 to 255.")
+    if not 0 <= fill_value <= 255:
+        raise ValueError(f"fill_value is {fill_value}; wanted a pixel value of 0 to 255.")
     masks = cell_masks(images, blur, center)
     masks[~masks.any(axis=(1, 2))] = True
-    return np.where(masks[..., None], images, np.uint8(fill))
+    return np.where(masks[..., None], images, np.uint8(fill_value))
 
 def set_background(cells: CellImages, background: str = "keep") -> CellImages:
-    """The cells with their background as a recipe wants it: "keep", "remove", or "center" for the middle piece alone (see `remove_background`)."""
+    """The cells with their background as a recipe wants it: "keep", "remove", or "center" for the middle piece alone (see `remove_background`); ValueError for other names."""
     if background not in BACKGROUNDS:
         raise ValueError(unknown_name("background", background, BACKGROUNDS))
     if background == "keep":
@@ -347,7 +424,20 @@ def _checksum(cells: CellImages) -> str:
     return hashlib.sha256(sha256(cells).encode() + cells.index.tobytes()).hexdigest()
 
 def write_blacklist(findings: pd.DataFrame, path: str | Path, cells: CellImages) -> Path:
-    """Write findings as CSV, with the checksum of the data that they speak of; returns the path.
+    """Write findings as CSV, with the checksum of the data that they speak of.
+
+    Parameters
+    ----------
+    findings : DataFrame
+    path : path
+        Replaced if it is there.
+    cells : CellImages
+        The images that were searched, all of them.
+
+    Returns
+    -------
+    Path
+        Of the file.
 
     Raises
     ------

@@ -38,11 +38,11 @@ def add_batch(subparsers: Any) -> None:
     parser.set_defaults(function=batch_command)
 
 def batch_command(options: argparse.Namespace) -> int:
-    """Do `bloodnb batch`; the exit code."""
+    """Do `bloodnb batch`; the exit code. ValueError for options that do not go together."""
     from bloodnb import batches
 
     if options.address and options.on != "ray":
-        raise ValueError(f"--address {options.address} is given without --on ray, which it belongs to.")
+        raise ValueError(f"--address {options.address} is given without --on ray, which it belongs to; wanted both or neither. Remedy: add --on ray, or leave the address out.")
     batch = batches.read_batch(options.file, options.output)
     if options.jobs:
         batch = replace(batch, jobs=options.jobs)

@@ -565,7 +565,7 @@ def _label_runs(ax: Axes, rows: pd.DataFrame, against: str, labels: int) -> None
                 taken.append(box)
 
 # %% ../nbs/10_comparison.ipynb #7815dd4f
-def plot_costs(table: pd.DataFrame, against: Sequence[str] = ("size_mb", "images_per_second"), drawn: bool = False, labels: int = 6) -> Figure:
+def plot_costs(table: pd.DataFrame, against: Sequence[str] = ("size_mb", "images_per_second"), drawn: bool = False, n_labels: int = 6) -> Figure:
     """Draw accuracy, clean and shifted, against what it costs, a panel each.
 
     Parameters
@@ -576,12 +576,17 @@ def plot_costs(table: pd.DataFrame, against: Sequence[str] = ("size_mb", "images
         Of "size_mb", "images_per_second", "train_seconds", "peak_memory_mib", "n_weights".
     drawn : bool
         False shows the runs on photos, True those on drawn cells; never both.
-    labels : int
+    n_labels : int
         At most so many names for each colour and panel.
 
     Returns
     -------
     Figure
+
+    Raises
+    ------
+    ValueError
+        If a column is unknown.
     """
     for name in against:
         if name not in _AXES:
@@ -599,7 +604,7 @@ def plot_costs(table: pd.DataFrame, against: Sequence[str] = ("size_mb", "images
         fig.legend(handles.values(), handles.keys(), loc="outside lower center", fontsize=8, ncols=2, frameon=False)
     fig.draw_without_rendering()  # so that the panels have their places, and names can find theirs
     for ax, name, named in zip(axes[0], against, best):
-        _label_runs(ax, named, name, labels)
+        _label_runs(ax, named, name, n_labels)
     return fig
 
 # %% ../nbs/10_comparison.ipynb #3c084802

@@ -323,9 +323,26 @@ def _generator(suite: str, corruption: str, seed: int, index: int) -> np.random.
     return np.random.default_rng([zlib.crc32(f"{suite}/{corruption}".encode()), seed, int(index) & 0xFFFFFFFF])
 
 def severities_of(cells: CellImages, suite: str, corruption: str, seed: int = 0) -> np.ndarray:
-    """The severity 1..5 at which each picture is seen where none is asked for: int8 (n,)."""
+    """The severity at which each picture is seen where none is asked for.
+
+    Parameters
+    ----------
+    cells : CellImages
+    suite : str
+        Key of `SUITES`.
+    corruption : str
+        Of the suite.
+    seed : int
+        0 to 2**32 - 1.
+
+    Returns
+    -------
+    ndarray of int8, shape (n,), 1..5
+        From the seed, the names and each picture's index alone.
+    """
     return np.array([_generator(suite, f"{corruption}/severity", seed, i).integers(1, 6) for i in cells.index], np.int8)
 
+# %% ../nbs/06_corruptions.ipynb #56719add
 def corrupt(cells: CellImages, suite: str, corruption: str, severity: int | np.ndarray | None = None, seed: int = 0) -> CellImages:
     """Every picture of a set under one corruption.
 

@@ -52,12 +52,18 @@ _LABEL_OF = {other: label for label, name in enumerate(CLASS_NAMES)
              for other in (name, str(label), *_OTHER_NAMES[name].split())}
 
 # %% ../nbs/00_data.ipynb #670712a8
-def unknown_name(
-    kind: str,  # what the name should be, e.g. "backbone"
-    got: str,  # the name that was given
-    names: Iterable[str],  # the names that would do
-) -> str:  # a message for an error
-    "The message for a name that is not one of `names`: the nearest ones first."
+def unknown_name(kind: str, got: str, names: Iterable[str]) -> str:
+    """The message for a name that is not one of `names`: the nearest ones first.
+
+    Parameters
+    ----------
+    kind : str
+        What the name should be, e.g. "backbone".
+    got : str
+        The name that was given.
+    names : iterable of str
+        Those that would do.
+    """
     names = [str(name) for name in names]
     folded = {name.lower(): name for name in names}
     near = [folded[n] for n in difflib.get_close_matches(str(got).lower(), folded, n=3, cutoff=0.5)]

@@ -103,6 +103,11 @@ def find_by_sampling(cells: CellImages, n_samples: int = 100, max_copies: int = 
     -------
     DataFrame
         Findings as `find_duplicates` gives them, of the groups that were hit.
+
+    Raises
+    ------
+    ValueError
+        If `n_samples` is below 1.
     """
     if n_samples < 1:
         raise ValueError(f"n_samples is {n_samples}; wanted 1 or more images to draw.")
@@ -198,7 +203,7 @@ _TURNS: tuple[Callable[[np.ndarray], np.ndarray], ...] = tuple(
     lambda picture, k=k, mirrored=mirrored: np.rot90(np.fliplr(picture) if mirrored else picture, k) for mirrored in (False, True) for k in range(4))
 
 def near_pairs(images: np.ndarray, least: float = _COPY, turned: bool = False, at: np.ndarray | None = None) -> pd.DataFrame:
-    """Pairs of different pictures that show the same, enough of them to tie each group together.
+    """Pairs of different pictures that show the same, enough of them to tie each group together. ValueError for a `least` outside 0..1, and to turn what is not square.
 
     Parameters
     ----------
@@ -346,13 +351,26 @@ def perceptual_hashes(images: np.ndarray) -> np.ndarray:
     return np.array([imagehash.phash(Image.fromarray(image)).hash.ravel() for image in images])
 
 def find_by_phash(cells: CellImages, max_distance: int = 4, max_photos: int = 20) -> pd.DataFrame:
-    """Find images whose perceptual hashes differ in at most `max_distance` of 64 bits; see `find_near_duplicates` for what is better.
+    """Find images whose perceptual hashes agree; see `find_near_duplicates` for what is better.
+
+    Parameters
+    ----------
+    cells : CellImages
+    max_distance : int
+        Bits of 64 in which two hashes may differ.
+    max_photos : int
+        With more images a group is taken for planted, and none of it is kept.
 
     Returns
     -------
     DataFrame
         Findings with the kinds "near duplicate", "label conflict" and "planted" (see `group_findings`). The score is the share of bits that
         agree with the nearest other image.
+
+    Raises
+    ------
+    ImportError
+        If imagehash is not installed.
     """
     signs = np.where(perceptual_hashes(cells.images), 1, -1).astype(np.float32) / 8  # the scalar product is 1 - 2 * distance / 64
     return _find_by_cosine(cells, signs, 1 - 2 * (max_distance + 0.5) / 64, max_photos, lambda cosine: (1 + cosine) / 2)

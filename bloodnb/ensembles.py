@@ -424,8 +424,22 @@ def _side_by_side(y_prob: np.ndarray) -> np.ndarray:
     "(n_members, n, n_classes) to (n, n_members * n_classes)."
     return np.moveaxis(np.asarray(y_prob, float), 0, 1).reshape(y_prob.shape[1], -1)
 
+# %% ../nbs/08_ensembles.ipynb #6ee90525
 def fit_logistic(y_prob: np.ndarray, y_true: np.ndarray, C: float = 0.03) -> LogisticStack:
-    """Fit a `LogisticStack` (parameters as `fit_weights`; C as in scikit-learn: smaller is tamer). A class that is not in `y_true` is never predicted."""
+    """Fit a `LogisticStack`. A class that is not in `y_true` is never predicted.
+
+    Parameters
+    ----------
+    y_prob, y_true
+        See `fit_weights`.
+    C : float
+        Inverse strength of the L2 penalty, above 0, as in scikit-learn: smaller is tamer.
+
+    Raises
+    ------
+    ValueError
+        If `y_true` is all of one class.
+    """
     from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits  # scikit-learn's own dependency
 
@@ -510,7 +524,22 @@ def check_method(method: str) -> str:
     return method
 
 def fit_combination(method: str, rows: Rows, seed: int = 0) -> WeightedMean | LogisticStack | DenseStack:
-    """Fit a method of `METHODS` on validation pictures (see `fitting_rows`); what it returns has `combine`, from members' probabilities to the ensemble's."""
+    """Fit a method of `METHODS` on validation pictures.
+
+    Parameters
+    ----------
+    method : str
+        Key of `METHODS`.
+    rows : Rows
+        See `fitting_rows`.
+    seed : int
+        Of "dense"; the others draw nothing.
+
+    Returns
+    -------
+    WeightedMean, LogisticStack or DenseStack
+        Its `combine` leads from members' probabilities (n_members, n, n_classes) to the ensemble's (n, n_classes).
+    """
     return METHODS[check_method(method)].fit(rows.y_prob, rows.y_true, seed)
 
 # %% ../nbs/08_ensembles.ipynb #c77e3358
@@ -656,7 +685,21 @@ def pictures_to_judge(val: Rows | None, test: Rows | None) -> tuple[str, Rows]:
     return ("validation", val) if val is not None else ("test", test)
 
 def compare_methods(method: str, rows: Rows | None, folds: int = 5, seed: int = 0) -> dict[str, np.ndarray]:
-    """What the chosen method and the others but for the slow one, "dense", say of validation pictures, cross-fitted; fitted ones only where pictures suffice."""
+    """What the chosen method and the others but for the slow one, "dense", say of validation pictures, cross-fitted; fitted ones only where pictures suffice.
+
+    Parameters
+    ----------
+    method : str
+        Key of `METHODS`.
+    rows : Rows or None
+        See `fitting_rows`; None compares nothing.
+    folds, seed
+        See `cross_fit`.
+
+    Returns
+    -------
+    dict of str to ndarray of float, shape (n, n_classes)
+    """
     if rows is None:
         return {}
     others = [name for name in METHODS if name != "dense" and (not METHODS[name].fitted or len(rows.index) >= FEWEST_ROWS)]
@@ -729,7 +772,7 @@ def write_ensemble(run: Run, method: str, members: Sequence[Member], combination
         Key of `METHODS`.
     members : sequence of Member
         Read from folders.
-    combination
+    combination : WeightedMean, LogisticStack or DenseStack
         From `fit_combination`.
     """
     if isinstance(combination, DenseStack):
@@ -779,7 +822,7 @@ class Ensemble:
         self.method, self.names, self.backgrounds, self.views, self.models, self.combination, self.image_size = method, names, backgrounds, views, models, combination, image_size
 
     def predict(self, images: np.ndarray, batch_size: int = 128, tta: str | None = None) -> np.ndarray:
-        """Probabilities, float32 (n, n_classes), of photos uint8 (n, image_size, image_size, 3), RGB, 0..255; `tta` overrules the members' views."""
+        """Probabilities, float32 (n, n_classes), of photos uint8 (n, image_size, image_size, 3), RGB, 0..255; `tta` overrules the members' views. ValueError for another shape."""
         from bloodnb.cleaning import set_background
         from bloodnb.training import predict
 
@@ -793,7 +836,7 @@ class Ensemble:
 
 # %% ../nbs/08_ensembles.ipynb #0ee82963
 def read_combination(described: dict[str, Any], folder: Path) -> WeightedMean | LogisticStack | DenseStack:
-    """What `describe` wrote into `ensemble.json`, as an object again; a dense meta-model is read from `meta.keras` in the folder."""
+    """What `describe` wrote into `ensemble.json`, as an object again; a dense meta-model is read from `meta.keras` in the folder. ValueError for another kind."""
     if described["kind"] == "mean":
         return WeightedMean(tuple(described["weights"]), described["geometric"])
     if described["kind"] == "logistic":

@@ -89,7 +89,13 @@ def calibration_table(y_true: np.ndarray, y_prob: np.ndarray, bins: int = 15) ->
     return pd.DataFrame(rows, columns=["low", "high", "n", "confidence", "accuracy"])
 
 def calibration_error(y_true: np.ndarray, y_prob: np.ndarray, bins: int = 15) -> float:
-    """Expected calibration error, 0..1: the gap between confidence and accuracy, a mean over `calibration_table` weighted by n (Guo et al. 2017, arXiv:1706.04599)."""
+    """Expected calibration error, 0..1: the gap between confidence and accuracy, a mean over `calibration_table` weighted by n (Guo et al. 2017, arXiv:1706.04599).
+
+    Parameters
+    ----------
+    y_true, y_prob, bins
+        See `calibration_table`.
+    """
     table = calibration_table(y_true, y_prob, bins)
     return float((table["n"] * (table["confidence"] - table["accuracy"]).abs()).sum() / table["n"].sum())
 
@@ -283,10 +289,21 @@ def reweight(y_prob: np.ndarray, train_priors: np.ndarray, priors: np.ndarray | 
     weighted = y_prob * (new / new.sum() / (old / old.sum()))
     return weighted / np.maximum(weighted.sum(1, keepdims=True), np.finfo(float).tiny)
 
+# %% ../nbs/06_evaluation.ipynb #3a520740
 def estimate_priors(y_prob: np.ndarray, train_priors: np.ndarray, rounds: int = 500) -> np.ndarray:
     """Shares of the classes in unlabelled images, from a calibrated model's probabilities (EM; Saerens et al. 2002, doi:10.1162/089976602753284446).
 
-    Parameters and errors as `reweight`; returns float (n_classes,), which sum to 1.
+    Parameters
+    ----------
+    y_prob, train_priors
+        See `reweight`, also for errors.
+    rounds : int
+        Most steps; fewer where nothing changes any more.
+
+    Returns
+    -------
+    ndarray of float, shape (n_classes,)
+        0 or more, with sum 1.
     """
     priors = np.asarray(train_priors, float) / np.sum(train_priors)
     for _ in range(rounds):
@@ -330,9 +347,24 @@ TTA: dict[str, tuple[tuple[int, bool], ...]] = {  # (quarter turns, mirrored)
 }
 
 def view(images: np.ndarray, turns: int, mirrored: bool) -> np.ndarray:
-    """Pictures (n, side, side, 3), mirrored left to right if asked, then turned so many times by 90 degrees."""
+    """Pictures mirrored and turned: one of the eight symmetries of a square.
+
+    Parameters
+    ----------
+    images : ndarray, shape (n, side, side, 3)
+    turns : int
+        Quarter turns, counter-clockwise.
+    mirrored : bool
+        Left to right, before the turns.
+
+    Returns
+    -------
+    ndarray, shape (n, side, side, 3)
+        In C order, of the same dtype.
+    """
     return np.ascontiguousarray(np.rot90(images[:, :, ::-1] if mirrored else images, turns, axes=(1, 2)))
 
+# %% ../nbs/06_evaluation.ipynb #1b511856
 def average_views(predict: Callable[[np.ndarray], np.ndarray], images: np.ndarray, tta: str = "none") -> np.ndarray:
     """The mean of what a classifier says of several views of each picture.
 
@@ -380,7 +412,15 @@ def find_mistakes(cells: CellImages, y_prob: np.ndarray) -> pd.DataFrame:
     return table[y_pred != y_true].sort_values(["y_prob", "index"], ascending=[False, True], ignore_index=True)
 
 def plot_mistakes(cells: CellImages, y_prob: np.ndarray, n: int = 24, columns: int = 8) -> Figure:
-    """Show the `n` surest mistakes (see `find_mistakes`): the true class above, what the model took it for below."""
+    """Show the surest mistakes (see `find_mistakes`): the true class above, what the model took it for below.
+
+    Parameters
+    ----------
+    cells, y_prob
+        See `find_mistakes`.
+    n, columns : int
+        At most so many pictures, and how many of them in a row.
+    """
     mistakes = find_mistakes(cells, y_prob).head(n)
     rows = max(1, -(-len(mistakes) // columns))
     fig = plt.figure(figsize=(1.3 * columns, 1.75 * rows), layout="constrained")

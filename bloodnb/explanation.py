@@ -270,6 +270,11 @@ def focus(heatmaps: np.ndarray, masks: np.ndarray) -> pd.DataFrame:
         A row for each picture: `on_cell`, the share of the heat on the cell, 0..1; `mean_map`, the same of the mean of all maps; `chance`, the cell's share of the
         picture; `peak_on_cell`, 1 if the hottest place is on it (Zhang et al. 2016, doi:10.1007/978-3-319-46493-0_33, without their tolerance), 0 if not, a share where
         places tie. NaN throughout where a map has no heat or a picture no cell.
+
+    Raises
+    ------
+    ValueError
+        If shapes differ.
     """
     if heatmaps.shape != masks.shape or heatmaps.ndim != 3:
         raise ValueError(f"heatmaps have shape {heatmaps.shape}, masks {masks.shape}; wanted both (n, height, width).")
@@ -401,6 +406,11 @@ def explain(model: keras.Model, cells: CellImages, y_prob: np.ndarray, per_class
         See `show_heatmaps`.
     DataFrame
         See `focus_table`.
+
+    Raises
+    ------
+    ValueError
+        If there are no labels, or not a row of `y_prob` for each cell.
     """
     if cells.labels is None or len(y_prob) != len(cells):
         raise ValueError(f"{len(cells)} cells {'without' if cells.labels is None else 'with'} labels and {len(y_prob)} rows of y_prob; wanted labels, and a row for each cell.")
@@ -413,7 +423,17 @@ def explain(model: keras.Model, cells: CellImages, y_prob: np.ndarray, per_class
 # %% ../nbs/07_explanation.ipynb #f43469a4
 def show_mistake_heatmaps(model: keras.Model, cells: CellImages, y_prob: np.ndarray, n: int = 8, layer: str | None = None, method: str = "hires_cam",
                           background: str = "keep") -> Figure:
-    """The `n` surest mistakes (`bloodnb.evaluation.find_mistakes`): the picture, what speaks for the class that was named, and what for the true one; see `explain`."""
+    """The surest mistakes (`bloodnb.evaluation.find_mistakes`): the picture, what speaks for the class that was named, and what for the true one.
+
+    Parameters
+    ----------
+    model, layer, method
+        See `grad_cam`.
+    cells, y_prob, background
+        See `explain`.
+    n : int
+        At most so many.
+    """
     mistakes = find_mistakes(cells, y_prob).head(n)
     fig, axes = _grid(3, max(1, len(mistakes)))
     if mistakes.empty:
@@ -446,6 +466,11 @@ def show_shifted_heatmaps(model: keras.Model, cells: CellImages, shifted: np.nda
     n : int
     names : sequence of str
         What was done to each, to stand above the shifted pictures.
+
+    Raises
+    ------
+    ValueError
+        If `shifted` has another shape than the cells' pictures.
     """
     if shifted.shape != cells.images.shape:
         raise ValueError(f"shifted has shape {shifted.shape}; wanted that of the cells, {cells.images.shape}.")

@@ -54,7 +54,15 @@ def count_table(before: CellImages, after: CellImages | None = None) -> pd.DataF
     return table.rename_axis("class")
 
 def plot_counts(before: CellImages, after: CellImages | None = None, ax: Axes | None = None) -> Figure:
-    """Images per class as bars; with `after` (see `count_table`), what was dropped is hatched."""
+    """Images per class as bars; with `after` (see `count_table`), what was dropped is hatched.
+
+    Parameters
+    ----------
+    before, after
+        See `count_table`.
+    ax : matplotlib.axes.Axes, optional
+        To draw on; by default a new figure's.
+    """
     table = count_table(before, after).iloc[:-1]
     ax = Figure(figsize=(8, 3.6), layout="constrained").subplots() if ax is None else ax  # not by pyplot, or a notebook would show it twice
     palette = list(class_colours(table.index).values())
@@ -88,6 +96,11 @@ def show_samples(cells: CellImages, n: int = 8, seed: int = 0) -> Figure:
         Pictures in a row.
     seed : int
         Of the choice; the same for the same set.
+
+    Raises
+    ------
+    ValueError
+        If `n` is below 1.
     """
     if n < 1:
         raise ValueError(f"n is {n}; wanted 1 or more pictures in a row.")
@@ -110,7 +123,7 @@ def show_samples(cells: CellImages, n: int = 8, seed: int = 0) -> Figure:
 
 # %% ../nbs/01_exploration.ipynb #a8a85028
 def mean_images(cells: CellImages) -> np.ndarray:
-    """The mean picture of each class: float32 (n_classes, height, width, 3), 0..255; NaN for a class without images."""
+    """The mean picture of each class: float32 (n_classes, height, width, 3), 0..255; NaN for a class without images. ValueError without labels."""
     if cells.labels is None:
         raise ValueError(f"{cells.source} has no labels, so there are no classes to take a mean of; wanted a labelled source.")
     means = np.full((len(cells.class_names), *cells.images.shape[1:]), np.nan, np.float32)
@@ -152,6 +165,11 @@ def cell_masks(images: np.ndarray, blur: float = 2.0, center: bool = False) -> n
     -------
     ndarray of bool, shape (n, height, width)
         All False where a picture has one colour.
+
+    Raises
+    ------
+    ValueError
+        If `blur` is below 0.
 
     Notes
     -----
@@ -233,6 +251,11 @@ def show_extremes(cells: CellImages, n: int = 5, statistics: pd.DataFrame | None
         Pictures at each end.
     statistics : DataFrame, optional
         From `pixel_statistics(cells)`, if it is at hand.
+
+    Raises
+    ------
+    ValueError
+        If `n` is below 1, or the statistics are of other cells.
     """
     if n < 1:
         raise ValueError(f"n is {n}; wanted 1 or more pictures at each end.")
@@ -271,6 +294,11 @@ def map_images(function: Callable[[np.ndarray], np.ndarray], images: np.ndarray,
     -------
     ndarray of float32, shape (n, ...)
         The results in the order of the images.
+
+    Raises
+    ------
+    ValueError
+        If there are no images.
     """
     at = np.arange(len(images)) if at is None else at
     if not len(at):
@@ -307,6 +335,7 @@ def _texture(image: np.ndarray) -> np.ndarray:
         grey = cv2.resize(blurred, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
     return np.log(np.concatenate(values) / 2.55 + 0.05)
 
+# %% ../nbs/01_exploration.ipynb #0635688d
 def colour_texture(images: np.ndarray, at: np.ndarray | None = None) -> np.ndarray:
     """Describe each picture by its colours, their place and its texture.
 
@@ -321,6 +350,11 @@ def colour_texture(images: np.ndarray, at: np.ndarray | None = None) -> np.ndarr
     -------
     ndarray of float32, shape (n, 55)
         CIELAB: 5 quantiles (15), means (12) and standard deviations (12) in four rings; logarithms of 4 quantiles of the detail at 4 scales (16).
+
+    Raises
+    ------
+    ValueError
+        If a side is below 16 pixels.
     """
     if min(images.shape[1:3]) < 16:
         raise ValueError(f"pictures are {images.shape[1]}x{images.shape[2]}; wanted sides of at least 16 pixels.")
@@ -343,6 +377,7 @@ def _whitened(features: np.ndarray) -> np.ndarray:
     sd = np.sqrt(axes.explained_variance_)
     return axes.transform(scaled) / np.sqrt(sd**2 + (0.0125 * sd[0]) ** 2 + 1e-12)
 
+# %% ../nbs/01_exploration.ipynb #4f2faa6c
 def oddness(features: np.ndarray) -> np.ndarray:
     """How far each picture lies from its nearest others, as a multiple of the set's median.
 
@@ -355,6 +390,11 @@ def oddness(features: np.ndarray) -> np.ndarray:
     -------
     ndarray of float, shape (n,)
         0 or more, 1 is usual, infinite where more than half of the pictures are equal and this one is not; all 1 where fewer than 4 pictures, or none that differ, are given.
+
+    Raises
+    ------
+    ValueError
+        If features are not finite (n, d).
     """
     from sklearn.neighbors import NearestNeighbors
 
@@ -387,6 +427,11 @@ def embed(features: np.ndarray, method: str = "pca", seed: int = 0) -> np.ndarra
     Returns
     -------
     ndarray of float, shape (n, 2)
+
+    Raises
+    ------
+    ValueError
+        If the method is unknown, or there are fewer than 4 pictures.
     """
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
@@ -416,6 +461,8 @@ def plot_map(cells: CellImages, places: np.ndarray, odd: np.ndarray | None = Non
         From `embed`.
     odd : ndarray of int, shape (k,), optional
         Indices (of `cells.index`) of pictures to show.
+    ax : matplotlib.axes.Axes, optional
+        To draw on; by default a new figure's.
 
     Raises
     ------

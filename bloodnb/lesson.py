@@ -11,6 +11,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import keras
@@ -308,7 +309,7 @@ def _ipywidgets():
     return ipywidgets
 
 # %% ../nbs/07_lesson.ipynb #b7ee0efc
-def severity_sliders(model: keras.Model, cells: CellImages, corruptions: Sequence[str] = CHANGES, suite: str = "homework", seed: int = 0, background: str = "keep"):
+def severity_sliders(model: keras.Model, cells: CellImages, corruptions: Sequence[str] = CHANGES, suite: str = "homework", seed: int = 0, background: str = "keep") -> Any:
     """A slider for each corruption, applied in this order, over a cell to choose; the model looks again at every move.
 
     Parameters

@@ -152,30 +152,30 @@ def _walk(folder: Path, depth: int, until: float, seen: set[Path]) -> Iterator[P
             elif _holds_cells(Path(entry.path)):
                 yield Path(entry.path)
 
-def list_data(roots: Sequence[str | Path] | None = None, seconds: float = 20, depth: int = 5) -> list[Path]:
+def list_data(roots: Sequence[str | Path] | None = None, timeout: float = 20, depth: int = 5) -> list[Path]:
     """All sources of labelled cells below some folders, by default those of `Machine.data_folders`.
 
     Parameters
     ----------
     roots : sequence of path, optional
-    seconds : float
+    timeout : float
         After which it stops looking.
     depth : int
         How many folders down it looks. Hidden folders, and those whose names begin with "_", are passed over.
     """
-    until, seen = time.monotonic() + seconds, set()
+    until, seen = time.monotonic() + timeout, set()
     found = [path for root in roots or this_machine().data_folders if Path(root).is_dir() for path in _walk(Path(root), depth, until, seen)]
     return list({path.resolve(): path for path in found}.values())
 
 # %% ../nbs/12_machines.ipynb #9dca090d
-def find_data(name: str = "", roots: Sequence[str | Path] | None = None, seconds: float = 20) -> Path:
+def find_data(name: str = "", roots: Sequence[str | Path] | None = None, timeout: float = 20) -> Path:
     """The one source of labelled cells that is there.
 
     Parameters
     ----------
     name : str
         Of the file or folder, with or without its ending, or a piece of its path; any if empty.
-    roots, seconds
+    roots, timeout
         As for `list_data`.
 
     Raises
@@ -186,7 +186,7 @@ def find_data(name: str = "", roots: Sequence[str | Path] | None = None, seconds
         If there are several, with a list of them.
     """
     roots = list(roots or this_machine().data_folders)
-    found, wanted = list_data(roots, seconds), name.lower()
+    found, wanted = list_data(roots, timeout), name.lower()
     whole = [path for path in found if wanted in (path.name.lower(), path.stem.lower())]
     fitting = whole or [path for path in found if wanted in str(path).lower()]
     if not fitting:
@@ -210,7 +210,7 @@ class Check:
     found: str
     remedy: str = ""
 
-def run_check(name: str, check: Callable[..., Check], *values: Any, seconds: float = 30) -> Check:
+def run_check(name: str, check: Callable[..., Check], *values: Any, timeout: float = 30) -> Check:
     """`check(*values)`; a Check also if that raises anything, or gives no answer in time.
 
     Parameters
@@ -220,7 +220,7 @@ def run_check(name: str, check: Callable[..., Check], *values: Any, seconds: flo
     check : callable
     *values
         What it takes.
-    seconds : float
+    timeout : float
     """
     answers: list[Check] = []
 
@@ -233,8 +233,8 @@ def run_check(name: str, check: Callable[..., Check], *values: Any, seconds: flo
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
-    thread.join(seconds)
-    late = Check(name, "warning", f"no answer within {seconds:g} s", "A disk or network that hangs? Ask again when it answers.")
+    thread.join(timeout)
+    late = Check(name, "warning", f"no answer within {timeout:g} s", "A disk or network that hangs? Ask again when it answers.")
     return answers[0] if answers else late
 
 # %% ../nbs/12_machines.ipynb #fe0b991e
@@ -327,14 +327,14 @@ def describe_backend() -> dict[str, Any]:
         return found | {"version": torch.__version__, "accelerators": devices, "cuda": torch.version.cuda is not None}
     return found | {"version": "unknown"}
 
-def ask_backend(seconds: float = 120, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+def ask_backend(timeout: float = 120, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
     """`describe_backend` of a fresh process, which may crash or hang: then the last lines that it wrote, under "error"."""
     code = f"import json, sys; sys.path.insert(0, {str(_CHECKOUT)!r}); from bloodnb.machines import describe_backend; print(json.dumps(describe_backend()))"
     quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     try:
-        asked = subprocess.run([sys.executable, "-c", code], env={**os.environ, **quiet, **(environment or {})}, capture_output=True, text=True, timeout=seconds)
+        asked = subprocess.run([sys.executable, "-c", code], env={**os.environ, **quiet, **(environment or {})}, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
-        return {"error": f"importing Keras took more than {seconds:g} s"}
+        return {"error": f"importing Keras took more than {timeout:g} s"}
     if asked.returncode:
         said = [line for line in asked.stderr.strip().splitlines() if line.strip()] or [f"the process ended with {asked.returncode}"]
         return {"error": said[-1][:300]}
@@ -348,11 +348,11 @@ def check_backend(found: Mapping[str, Any]) -> Check:
         return Check("backend", "problem", f"Keras does not start: {found['error']}", remedy)
     return Check("backend", "ok", f"Keras {found['keras']} on {found['backend']} {found['version']}")
 
-def nvidia_driver(seconds: float = 10) -> tuple[bool, str | None]:
+def nvidia_driver(timeout: float = 10) -> tuple[bool, str | None]:
     """Whether an NVIDIA GPU is in this machine, and its driver's version (None if it does not answer)."""
     present = any(Path(name).exists() for name in ("/dev/nvidia0", "/proc/driver/nvidia/version", "/dev/dxg"))
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        asked = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, timeout=seconds)
+        asked = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, timeout=timeout)
         if asked.returncode == 0 and asked.stdout.strip():
             return True, asked.stdout.split()[0]
     return present, None
@@ -472,13 +472,13 @@ def check_disk(free: Mapping[str, float]) -> Check:
 WEIGHTS_HOST = "https://storage.googleapis.com/tensorflow/keras-applications/"
 DATA_HOST = "https://zenodo.org/"
 
-def unreachable(url: str, seconds: float = 3) -> str | None:
+def unreachable(url: str, timeout: float = 3) -> str | None:
     """Why a host does not answer; None if it does, whatever it says."""
     reasons = ["no answer in time"]
 
     def ask() -> None:
         try:
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=timeout).close()
             reasons.append("")
         except urllib.error.HTTPError:
             reasons.append("")  # it answered
@@ -487,7 +487,7 @@ def unreachable(url: str, seconds: float = 3) -> str | None:
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
-    thread.join(seconds + 0.5)
+    thread.join(timeout + 0.5)
     return reasons[-1] or None
 
 def _host(url: str) -> str:
@@ -542,7 +542,7 @@ def check_data(data: str | None = None, reach: Callable[[str], str | None] = unr
     return Check("data", "ok", f"{source.kind} {source.name}")
 
 def _any_data(reach: Callable[[str], str | None]) -> Check:
-    found, why = list_data(seconds=5), reach(DATA_HOST)
+    found, why = list_data(timeout=5), reach(DATA_HOST)
     named = f"{', '.join(_short(path) for path in found[:4])}{f' and {len(found) - 4} more' if len(found) > 4 else ''}" if found else "no photos found"
     if found or why is None:
         return Check("data", "ok", f"{named}; {_host(DATA_HOST)} {'answers' if why is None else 'is not reached'}")
@@ -625,8 +625,22 @@ def check_machine(data: str | None = None, weights: str | None = None, output: s
     }
     return [Check("machine", "ok", named), *(run_check(name, check) for name, check in asked.items())]
 
+# %% ../nbs/12_machines.ipynb #ac41661c
 def doctor(data: str | None = None, weights: str | None = None, as_json: bool = False) -> int:
-    """Print what `check_machine` finds, as text or JSON; 1 if there is a problem, else 0."""
+    """Print what `check_machine` finds.
+
+    Parameters
+    ----------
+    data, weights
+        See `check_machine`.
+    as_json : bool
+        A list of objects, instead of lines to read.
+
+    Returns
+    -------
+    int
+        1 if there is a problem, else 0.
+    """
     checks = check_machine(data, weights)
     if as_json:
         print(json.dumps([asdict(check) for check in checks], indent=2))
@@ -713,7 +727,8 @@ def kernel_metadata(username: str, slug: str, code_file: str, datasets: Sequence
         Name of the notebook in the same folder.
     datasets, kernels : sequence of str
         Data sets and outputs of other notebooks to add, each OWNER/NAME.
-    gpu, accelerator
+    gpu : bool
+    accelerator : str
         Whether it runs on a GPU, and which (`machine_shape`): "NvidiaTeslaT4" is what Kaggle calls GPU T4 x2.
     competitions, models : sequence of str
         As Kaggle names them: COMPETITION, and OWNER/MODEL/FRAMEWORK/VARIATION/VERSION.

@@ -38,6 +38,7 @@ class ImageNetScale(keras.layers.Layer):
     ----------
     scale : {"0..255", "0..1", "-1..1", "mean/std", "BGR-mean"}
         All but 0..1 are what `keras.applications.imagenet_utils.preprocess_input` calls no mode, `"tf"`, `"torch"` and `"caffe"`.
+        ValueError for others.
 
     Call arguments
     --------------
@@ -250,8 +251,7 @@ def classifier(
     backbone: str = "MobileNetV2",
     weights: str | Path | None = "imagenet",
     image_size: int = 96,
-    head: str = "default",
-    dropout_rate: float = 0.2,
+    head: str = "default", dropout_rate: float = 0.2,
     *, input_size: int = 0,
     normalization: str = "frozen", scale: str = "auto", precision: str = "float32",
     n_classes: int = len(CLASS_NAMES), seed: int = 0,
@@ -260,7 +260,8 @@ def classifier(
 
     Parameters
     ----------
-    backbone, weights, image_size
+    backbone : str
+    weights, image_size
         See `build_backbone`.
     head, dropout_rate
         See `bloodnb.networks.head_layers`.
@@ -363,7 +364,8 @@ def feature_extractor(backbone: str = "MobileNetV2", weights: str | Path | None 
 
     Parameters
     ----------
-    backbone, weights
+    backbone : str
+    weights
         See `build_backbone`. For `fc1` and `fc2` a weights file must hold the top too.
     layer : str, optional
         Name of one of the backbone's layers; VGG16 and VGG19 also have "fc1" and "fc2" (4096 numbers, pictures of 224 pixels).

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import keras
 import pandas as pd
@@ -129,7 +129,7 @@ HEADS: dict[str, str] = {
 L2 = 1e-4  # of the words ending in l2
 _WORD = re.compile(r"(?P<units>[1-9]\d{0,3})(?P<more>\+|l2)?|bn|relu|dropout(?P<rate>0?\.\d+)?")
 
-def parse_head(head) -> str:
+def parse_head(head: str | int | Sequence[int]) -> str:
     """A head in words, from what a recipe or a command line says.
 
     Parameters

@@ -9,7 +9,7 @@ import functools
 import inspect
 import itertools
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -24,7 +24,7 @@ __all__ = ['FILLS', 'compiled', 'Draws', 'histograms', 'apply_tables', 'apply_co
            'GaussianNoise', 'Occlusion', 'Cutout', 'GridMask']
 
 # %% ../nbs/03_operations.ipynb #3d835557
-def compiled(function):
+def compiled(function: Callable) -> Callable:
     """Let TensorFlow or JAX compile a function on tensors, once for each picture size and each setting given by name; the batch's size stays open."""
     @functools.cache
     def built(backend, shapes, settings):
@@ -87,7 +87,7 @@ class Draws:
         Instead of keys and seed: the state of another source.
     """
 
-    def __init__(self, keys=None, seed: int = 0, base=None):
+    def __init__(self, keys: keras.KerasTensor | None = None, seed: int = 0, base: keras.KerasTensor | None = None):
         if base is not None:
             self.base = base
             return
@@ -98,31 +98,31 @@ class Draws:
         """An independent source for the same pictures, e.g. for the operation at this place of a pipeline."""
         return Draws(base=_scramble(self.base + _int32((number + 1) * 0x9E3779B9)))
 
-    def rows(self, at) -> Draws:
+    def rows(self, at: keras.KerasTensor) -> Draws:
         """The source of some of the pictures: `at` is an int tensor of positions."""
         return Draws(base=ops.take(self.base, at, axis=0))
 
-    def bits(self, n: int):
+    def bits(self, n: int) -> keras.KerasTensor:
         """Random bits: int32, shape (b, n)."""
         return _scramble(ops.bitwise_xor(self.base[:, None], ops.convert_to_tensor(_counters(n))[None]))
 
-    def uniform(self, n: int):
+    def uniform(self, n: int) -> keras.KerasTensor:
         """Numbers: float32, shape (b, n), 0 <= u < 1, multiples of 2**-24."""
         return ops.cast(_shifted(self.bits(n), 8), "float32") * np.float32(2**-24)
 
-    def normal(self, n: int):
+    def normal(self, n: int) -> keras.KerasTensor:
         """Standard normal numbers: float32, shape (b, n), within 4.2 standard deviations."""
         bits = self.bits((n + 1) // 2)
         halves = ops.concatenate([_shifted(bits, 16), ops.bitwise_and(bits, 0xFFFF)], axis=1)
         return ops.take(ops.convert_to_tensor(_normal_table()), halves[:, :n], axis=0)
 
-    def levels(self, table: np.ndarray, n: int | None = None):
+    def levels(self, table: np.ndarray, n: int | None = None) -> keras.KerasTensor:
         """A random row of a constant table for each picture, shape (b, *table.shape[1:]), or n of them, (b, n, *table.shape[1:])."""
         at = ops.cast(self.uniform(n or 1) * len(table), "int32")
         return ops.take(ops.convert_to_tensor(table), at[:, 0] if n is None else at, axis=0)
 
 # %% ../nbs/03_operations.ipynb #655d68e4
-def histograms(images):
+def histograms(images: keras.KerasTensor) -> keras.KerasTensor:
     """How often each level occurs.
 
     Parameters
@@ -144,15 +144,15 @@ def histograms(images):
     return ops.cast(ops.reshape(counts, (-1, 3, 256)), "float32")
 
 @compiled
-def apply_tables(images, tables):
-    """Send each channel of each picture through its table of 256 numbers: images (b, h, w, 3) 0..255, tables (b, 3, 256) float32."""
+def apply_tables(images: keras.KerasTensor, tables: keras.KerasTensor) -> keras.KerasTensor:
+    """Send each channel of each picture through its table: images float (b, h, w, 3), 0..255, and tables float32 (b, 3, 256), to float32 (b, h, w, 3)."""
     b = ops.shape(images)[0]
     start = ops.reshape(ops.arange(b * 3, dtype="int32") * 256, (-1, 1, 1, 3))
     return ops.take(ops.reshape(tables, (-1,)), ops.cast(ops.round(images), "int32") + start, axis=0)
 
 # %% ../nbs/03_operations.ipynb #3ea6050f
 @compiled
-def apply_colours(images, matrices):
+def apply_colours(images: keras.KerasTensor, matrices: keras.KerasTensor) -> keras.KerasTensor:
     """Multiply each pixel (r, g, b, 1) by a matrix: images (b, h, w, 3), matrices (b, 3, 4) with offsets in levels; float32 (b, h, w, 3)."""
     return sum(images[..., i : i + 1] * matrices[:, None, None, :, i] for i in range(3)) + matrices[:, None, None, :, 3]
 
@@ -171,7 +171,7 @@ def _inside(at, side: int, fill: str):
     return ops.clip(at, 0, side - 1)
 
 @compiled
-def warp(images, matrices, *, fill: str = "reflect", fill_value: float = 0.0):
+def warp(images: keras.KerasTensor, matrices: keras.KerasTensor, *, fill: str = "reflect", fill_value: float = 0.0) -> keras.KerasTensor:
     """Resample pictures, bilinearly.
 
     Parameters
@@ -205,8 +205,19 @@ def warp(images, matrices, *, fill: str = "reflect", fill_value: float = 0.0):
     return ops.reshape(total, (-1, h, w, 3))
 
 # %% ../nbs/03_operations.ipynb #ddbb7180
-def apply_sides(images, down, across):
-    """Multiply columns and rows by matrices: images (b, h, w, 3), `down` (b, h, h), `across` (b, w, w)."""
+def apply_sides(images: keras.KerasTensor, down: keras.KerasTensor, across: keras.KerasTensor) -> keras.KerasTensor:
+    """Multiply the columns and the rows of pictures by matrices.
+
+    Parameters
+    ----------
+    images : float32 tensor, shape (b, h, w, 3)
+    down, across : float32 tensor, shapes (b, h, h) and (b, w, w)
+        Row i of a matrix holds the weights of the old places in the new place i.
+
+    Returns
+    -------
+    float32 tensor, shape (b, h, w, 3)
+    """
     h, w = images.shape[1:3]
     x = ops.reshape(ops.matmul(down, ops.reshape(images, (-1, h, w * 3))), (-1, h, w, 3))
     x = ops.matmul(across, ops.reshape(ops.transpose(x, (0, 2, 1, 3)), (-1, w, h * 3)))
@@ -282,8 +293,8 @@ class Operation(_Remembering):
         self.seed_generator = keras.random.SeedGenerator(self.seed)
         self.built = True  # there is nothing to build
 
-    def apply(self, images, labels, draws: Draws):
-        "Float pictures (b, 2**levels, h, w, 3), labels (b, 2**levels, c) or None, numbers for all of them; to (b, h, w, 3) and (b, c) or None."
+    def apply(self, images: keras.KerasTensor, labels: keras.KerasTensor | None, draws: Draws) -> tuple[keras.KerasTensor, keras.KerasTensor | None]:
+        """Float pictures (b, 2**levels, h, w, 3), labels (b, 2**levels, c) or None, numbers for all of them; to (b, h, w, 3) and (b, c) or None."""
         raise NotImplementedError
 
     def call(self, images, labels=None, keys=None, training=True):
@@ -308,7 +319,7 @@ def _where(on, changed, unchanged):
     "Picture by picture: the changed value where `on` (b,), else the unchanged one."
     return ops.where(ops.reshape(on, (-1, *[1] * (len(changed.shape) - 1))), changed, unchanged)
 
-def run(operations: Sequence[Operation], images, draws: Draws, on: Sequence | None = None, counts=None):
+def run(operations: Sequence[Operation], images: keras.KerasTensor, draws: Draws, on: Sequence | None = None, counts: keras.KerasTensor | None = None) -> keras.KerasTensor:
     """Apply operations on single pictures in their order, merging neighbours of one kind.
 
     Parameters
@@ -343,14 +354,14 @@ class PlainOperation(Operation):
         return (PlainOperation,)
 
     @classmethod
-    def merge(cls, images, group, counts=None):
+    def merge(cls, images: keras.KerasTensor, group: Sequence[tuple], counts: keras.KerasTensor | None = None) -> keras.KerasTensor:
         """Do to float pictures (b, h, w, 3), of these histograms if known, what the (operation, draws, on) of the group say, in order."""
         for operation, draws, on in group:
             images = _where(on, ops.clip(operation.change(images, draws), 0, 255), images)
         return images
 
-    def change(self, images, draws: Draws):
-        """Pictures changed at full rate: float (b, h, w, 3)."""
+    def change(self, images: keras.KerasTensor, draws: Draws) -> keras.KerasTensor:
+        """Float pictures (b, h, w, 3), 0..255, changed at full rate; what leaves 0..255 the caller cuts off."""
         raise NotImplementedError
 
     def apply(self, images, labels, draws):
@@ -398,8 +409,8 @@ class Tone(_WithFactor):
             tables = _where(on, ops.clip(operation.tables(tables, counts, draws), 0, 255), tables)
         return _where(functools.reduce(ops.logical_or, [on for *_, on in group]), apply_tables(images, tables), images)
 
-    def tables(self, tables, counts, draws):
-        """Edit tables (b, 3, 256) of pictures with these histograms (b, 3, 256)."""
+    def tables(self, tables: keras.KerasTensor, counts: keras.KerasTensor, draws: Draws) -> keras.KerasTensor:
+        """Edit tables (b, 3, 256), levels 0..255, of pictures with these histograms (b, 3, 256); returns new ones, which the caller cuts to 0..255."""
         raise NotImplementedError
 
 def _mean_grey(tables, counts):
@@ -517,8 +528,8 @@ class Colour(PlainOperation):
             total = _where(on, both, total)
         return apply_colours(images, total)
 
-    def matrices(self, draws):
-        """Matrices (b, 3, 4) from (r, g, b, 1) to (r, g, b)."""
+    def matrices(self, draws: Draws) -> keras.KerasTensor:
+        """Matrices float32 (b, 3, 4) from (r, g, b, 1) to (r, g, b); the last column is in levels."""
         raise NotImplementedError
 
 @functools.cache
@@ -579,6 +590,11 @@ class Geometry(PlainOperation):
         What appears where the picture ends: its mirror image, its last pixel, or `fill_value`.
     fill_value : float
         0..255.
+
+    Raises
+    ------
+    ValueError
+        If `fill` is unknown.
     """
 
     def __init__(self, *args, fill: str = "reflect", fill_value: float = 0.0, **kwargs):
@@ -600,8 +616,8 @@ class Geometry(PlainOperation):
             total = _where(on, _product(total, own), total)
         return warp(images, total[:, :2], fill=fill, fill_value=fill_value)
 
-    def matrices(self, draws, height, width):
-        """Matrices (b, 2, 3) from a pixel of the result to its place in the picture, as `warp` wants them."""
+    def matrices(self, draws: Draws, height: int, width: int) -> keras.KerasTensor:
+        """Matrices float32 (b, 2, 3) from a pixel of the result to its place in the picture of these sides, as `warp` wants them."""
         raise NotImplementedError
 
 def _affine(xx, xy, yx, yy, x, y):
@@ -702,8 +718,8 @@ class Sides(_WithFactor):
         return apply_sides(images, *both)
 
     @staticmethod
-    def table(low, high, side):
-        """Matrices (64, side, side) of strengths from low to high."""
+    def table(low: float, high: float, side: int) -> np.ndarray:
+        """Matrices float32 (64, side, side), whose rows sum to 1, of strengths from low to high."""
         raise NotImplementedError
 
 # %% ../nbs/03_operations.ipynb #52400a2b
@@ -743,8 +759,8 @@ class LowResolution(Sides):
 _SMOOTH = ((1, 1, 1), (1, 5, 1), (1, 1, 1))
 
 @compiled
-def sharpen(images, strength):
-    """Move pixels away from the weighted mean of the 3 x 3 around them, as far as it lies in the picture: images (b, h, w, 3), strength (b, 1)."""
+def sharpen(images: keras.KerasTensor, strength: keras.KerasTensor) -> keras.KerasTensor:
+    """Move pixels away from the weighted mean of the 3 x 3 around them, as far as it lies in the picture: images float32 (b, h, w, 3), strength (b, 1), where 0 changes nothing and -1 leaves the mean."""
     h, w = images.shape[1:3]
     inside, total, weight = np.pad(np.ones((h, w, 1)), ((1, 1), (1, 1), (0, 0))), 0.0, 0.0
     padded = ops.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
@@ -767,8 +783,21 @@ class Sharpness(_WithFactor):
 
 # %% ../nbs/03_operations.ipynb #4636c827
 @compiled
-def add_noise(images, deviation, base):
-    """Add normal noise: images (b, h, w, 3), standard deviation (b, 1) in levels, `base` of the `Draws` that it comes from."""
+def add_noise(images: keras.KerasTensor, deviation: keras.KerasTensor, base: keras.KerasTensor) -> keras.KerasTensor:
+    """Add normal noise to every value.
+
+    Parameters
+    ----------
+    images : float32 tensor, shape (b, h, w, 3), 0..255
+    deviation : float32 tensor, shape (b, 1)
+        Standard deviation in levels.
+    base : int32 tensor, shape (b,)
+        Of the `Draws` that the noise comes from.
+
+    Returns
+    -------
+    float32 tensor, shape (b, h, w, 3), not cut to 0..255
+    """
     h, w = images.shape[1:3]
     return images + deviation[..., None, None] * ops.reshape(Draws(base=base).normal(h * w * 3), (-1, h, w, 3))
 
@@ -784,6 +813,7 @@ class GaussianNoise(_WithFactor):
     def change(self, images, draws):
         return add_noise(images, self.strength(draws, scale=255), draws.child(0).base)
 
+# %% ../nbs/03_operations.ipynb #891c8f5a
 class Occlusion(_WithFactor):
     """An operation that hides a part of the picture.
 
@@ -804,8 +834,8 @@ class Occlusion(_WithFactor):
         return self.hide(images, level[..., None, None], self.strength(draws), draws.child(1).base)
 
     @staticmethod
-    def hide(images, level, factor, base):
-        """Images with a part at `level` (b, 1, 1, 1); factor (b, 1), `base` of the `Draws` that decide where."""
+    def hide(images: keras.KerasTensor, level: keras.KerasTensor, factor: keras.KerasTensor, base: keras.KerasTensor) -> keras.KerasTensor:
+        """Images float (b, h, w, 3) with a part at `level` (b, 1, 1, 1), 0..255; factor (b, 1), 0..1; `base` int32 (b,) of the `Draws` that decide where."""
         raise NotImplementedError
 
 # %% ../nbs/03_operations.ipynb #6ef1bd48

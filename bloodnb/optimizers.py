@@ -53,7 +53,7 @@ class RAdam(keras.optimizers.Optimizer):
     ----------
     learning_rate : float or LearningRateSchedule
     beta_1, beta_2 : float, between 0 and 1
-        How long the gradients and their squares are remembered.
+        How long the gradients and their squares are remembered. ValueError for others.
     epsilon : float
         Added to the root of the mean square (before its bias is corrected, as in the authors' code).
     **kwargs
@@ -102,10 +102,10 @@ class Ranger(RAdam):
     ----------
     learning_rate, beta_1, beta_2, epsilon, **kwargs
         See `RAdam`.
-    sync_period : int
+    sync_period : int, 1 or more
         Steps from one sync to the next. Between two syncs a model has the fast weights.
     slow_step_size : float, 0 < share <= 1
-        Of the way from the slow weights to the fast ones; at 1 only RAdam is left.
+        Of the way from the slow weights to the fast ones; at 1 only RAdam is left. ValueError for others of either.
     """
 
     def __init__(self, learning_rate=1e-3, beta_1=0.9, beta_2=0.999, epsilon=1e-8, sync_period=6, slow_step_size=0.5, **kwargs):

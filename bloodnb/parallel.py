@@ -104,16 +104,32 @@ class SharedBatches(keras.utils.PyDataset):
     def on_epoch_end(self):
         self.batches.on_epoch_end()
 
-def share_batches(batches, devices: Sequence[str]):
+def share_batches(batches: keras.utils.PyDataset | None, devices: Sequence[str]) -> keras.utils.PyDataset | None:
     """Batches for so many devices (`SharedBatches`); for one device, or None, what was given."""
     return batches if batches is None or len(devices) < 2 else SharedBatches(batches, len(devices))
 
 # %% ../nbs/05_parallel.ipynb #91fb5bf4
 def count_once(before: float, after: float, n: int, rest: int, copies: int) -> float:
-    """The mean over `n + rest` numbers, from that of the first `n` and that after the others came in `copies` times."""
+    """The mean over all numbers but the copies of some, from two means in which Keras has counted them.
+
+    Parameters
+    ----------
+    before : float
+        Mean of the first `n`.
+    after : float
+        Mean of these and of the rest, the rest counted `copies` times.
+    n, rest, copies : int
+        1 or more.
+
+    Returns
+    -------
+    float
+        Mean over `n + rest` numbers, each counted once.
+    """
     last = ((n + copies * rest) * after - n * before) / (copies * rest)
     return (n * before + rest * last) / (n + rest)
 
+# %% ../nbs/05_parallel.ipynb #68d1cb62
 class CountOnce(keras.callbacks.Callback):
     """Put into an epoch's logs the means in which no picture counts twice. To be the first of the callbacks.
 

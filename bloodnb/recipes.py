@@ -206,7 +206,20 @@ CLEAN_PARAMETERS = ("data", "output", "overwrite", "references", "layer", "simil
 CLEAN_CHOICES = ("seed", "image_size", "cleaning", "backbone", "weights")
 
 def check_references(references: Any, backbone: str | None, similarity: float) -> list[int]:
-    """Indices of known junk from what the command line makes of them: None, 12, "12,345" or [12, 345].
+    """Indices of known junk from what the command line makes of them.
+
+    Parameters
+    ----------
+    references : None, int, str or list
+        None, 12, "12,345" or [12, 345].
+    backbone : str or None
+        What the pictures are compared by; wanted where there are references.
+    similarity : float
+        Cosine from which on a picture is like a reference, -1..1.
+
+    Returns
+    -------
+    list of int
 
     Raises
     ------
@@ -297,6 +310,11 @@ def list_recipes(report: str | None = None) -> pd.DataFrame:
     -------
     DataFrame
         A row per recipe. "reported" says of which pictures a number is, e.g. "test 0.992" (see `bloodnb.reports.ReportRow`).
+
+    Raises
+    ------
+    ValueError
+        If no recipe comes from this report.
     """
     rows = {}
     for name in RECIPES:

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -153,7 +153,7 @@ class Run:
         _abandon_when_terminated(self)
 
     @contextlib.contextmanager
-    def stage(self, name: str):
+    def stage(self, name: str) -> Iterator[None]:
         """Measure how long a stage takes; its seconds go into `run.json`."""
         began = time.perf_counter()
         yield
@@ -399,10 +399,19 @@ def write_predictions(path: Path, **parts: tuple[CellImages, np.ndarray]) -> Non
 
 # %% ../nbs/10_runs.ipynb #6415d09c
 def save_figure(run: Run, fig: Figure, name: str) -> Figure:
-    """Save a figure as `figures/NAME.png`, 150 dots an inch, and give it back to be shown."""
+    """Save a figure, 150 dots an inch, and give it back to be shown.
+
+    Parameters
+    ----------
+    run : Run
+    fig : matplotlib.figure.Figure
+    name : str
+        Of the file, `figures/NAME.png` in the run's folder.
+    """
     fig.savefig(run.path(f"figures/{name}.png"), dpi=150)
     return fig
 
+# %% ../nbs/10_runs.ipynb #ee314262
 def finish_run(run: Run, metrics: dict, notebook: str | Path | None = None) -> Path:
     """Write what is still missing, and give the folder its name.
 

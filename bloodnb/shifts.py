@@ -154,7 +154,16 @@ def _intervals(outcomes: pd.DataFrame, n_bootstrap: int, seed: int) -> dict[str,
 # %% ../nbs/06_shifts.ipynb #043ed445
 def summarize_suite(outcomes: pd.DataFrame, suite: str, trained_with: Iterable[str] = (), clean_balanced_accuracy: float | None = None, seed: int = 0,
                     n_bootstrap: int = 1000) -> dict:
-    """Scores of a suite from its outcomes (see `evaluate_suite`).
+    """Scores of a suite from its outcomes.
+
+    Parameters
+    ----------
+    outcomes : DataFrame
+        From `evaluate_suite`.
+    suite, trained_with, clean_balanced_accuracy
+        See `evaluate_suite`.
+    seed, n_bootstrap : int
+        Of the intervals: seed and number of draws.
 
     Returns
     -------
@@ -240,7 +249,29 @@ def check_suites(suites: str | None) -> list[str]:
     return list(dict.fromkeys(words))
 
 def check_settings(suites: str | None, tta: str | None, prior: str, seed: Any) -> dict[str, Any]:
-    """The settings of an evaluation, checked; ValueError that names what was got and wanted."""
+    """The settings of an evaluation, checked.
+
+    Parameters
+    ----------
+    suites : str or None
+        See `check_suites`.
+    tta : str or None
+        Key of `bloodnb.evaluation.TTA`, or what the model's recipe says.
+    prior : str
+        One of `PRIORS`.
+    seed : int
+        0 to 2**32 - 1.
+
+    Returns
+    -------
+    dict
+        By the same names; suites as a list.
+
+    Raises
+    ------
+    ValueError
+        If one of them cannot be.
+    """
     if tta is not None and tta not in TTA:
         raise ValueError(unknown_name("tta", tta, TTA))
     if prior not in PRIORS:
@@ -315,7 +346,27 @@ def reweighing(prior: str, shares: np.ndarray, y_prob: np.ndarray) -> Callable[[
 VALIDATIONS = ("clean", *(suite for suite in SUITES if suite != "held_out"))  # which is for the report alone
 
 def validation_set(cells: CellImages | None, validation: str = "clean", seed: int = 0) -> CellImages | None:
-    """The validation pictures by which a training is judged: as they are ("clean"), or each under one corruption of a suite; None if there are none."""
+    """The validation pictures by which a training is judged.
+
+    Parameters
+    ----------
+    cells : CellImages or None
+        None if there are none; then None comes back.
+    validation : str
+        One of `VALIDATIONS`: as they are ("clean"), or each under one corruption of a suite.
+    seed : int
+        Of the suite's pictures.
+
+    Returns
+    -------
+    CellImages or None
+        As many, in the same order.
+
+    Raises
+    ------
+    ValueError
+        If `validation` is unknown.
+    """
     if validation not in VALIDATIONS:
         raise ValueError(unknown_name("validation", validation, VALIDATIONS))
     return cells if cells is None or validation == "clean" else corrupt_mixed(cells, validation, seed)

@@ -227,6 +227,11 @@ class TrainedModel:
     class_names : tuple of str
     name : str
         For README.txt.
+
+    Raises
+    ------
+    ValueError
+        If a choice is unknown, or the model does not give a probability for each class.
     """
 
     model: keras.Model
@@ -246,8 +251,23 @@ class TrainedModel:
         """Side of the pictures that it learned from, in pixels."""
         return int(self.model.inputs[0].shape[1])
 
+# %% ../nbs/12_submission.ipynb #f3e535ff
 def check_choice(kind: str, name: str, names: Sequence[str]) -> None:
-    """Refuse a name that is not among `names`; ValueError with the nearest ones."""
+    """Refuse a name that is not among those that would do.
+
+    Parameters
+    ----------
+    kind : str
+        What it names, such as "engine".
+    name : str
+    names : sequence of str
+        Those that would do.
+
+    Raises
+    ------
+    ValueError
+        With the nearest names.
+    """
     if name not in names:
         raise ValueError(f"{kind} is {name!r}: {unknown_name(kind, name, list(names))}")
 
@@ -353,7 +373,17 @@ def _readme(settings: dict) -> str:
             f"Labels: {', '.join(f'{i} {name}' for i, name in enumerate(settings['class_names']))}\nMade with {versions}\n")
 
 def submission_files(members: Sequence[TrainedModel], combination: Combination | None = None, tta: str | None = None, engine: str = "keras") -> dict[str, bytes]:
-    """The files of a submission by name; see `build_submission` for parameters and errors."""
+    """The files of a submission by name.
+
+    Parameters
+    ----------
+    members, combination, tta, engine
+        See `build_submission`, also for errors.
+
+    Returns
+    -------
+    dict of str to bytes
+    """
     check_choice("engine", engine, ENGINES)
     if tta is not None:
         check_choice("tta", tta, TTA)
@@ -742,7 +772,23 @@ def plot_submission(path: str | Path, cells: CellImages, labels: np.ndarray, n: 
 SUBMIT_PARAMETERS = ("run", "data", "output", "overwrite", "seed", "tta", "engine", "onnx", "at_most", "warn_above_mib")
 
 def check_submit(run: str | Path | None, tta: str | None = None, engine: str = "keras", onnx: bool = False, at_most: int = 2000, warn_above_mib: float = 300) -> Path:
-    """Refuse settings of the job that cannot be; returns the run's folder.
+    """Refuse settings of the job that cannot be.
+
+    Parameters
+    ----------
+    run : path or None
+        Folder of a training run or of an ensemble.
+    tta, engine, warn_above_mib
+        See `build_submission`.
+    onnx : bool
+        Whether the network is also written as ONNX.
+    at_most : int
+        Pictures to try the submission on, 1 or more.
+
+    Returns
+    -------
+    Path
+        The run's folder.
 
     Raises
     ------
@@ -765,6 +811,7 @@ def check_submit(run: str | Path | None, tta: str | None = None, engine: str = "
         check_onnx()
     return Path(str(run))
 
+# %% ../nbs/12_submission.ipynb #c9f2faa0
 def run_notice(folder: str | Path) -> str | None:
     """The warning that a run carries, if it is no result on blood."""
     return find_classifier(folder).record.get("notice")

@@ -15,7 +15,7 @@ __all__ = ['BATCH', 'check_pictures', 'resize_pictures', 'blurred_grey', 'otsu_t
            'whiten_background', 'view', 'build_network', 'load_network', 'Member', 'combine', 'Model']
 
 # %% ../nbs/12_submission_model.ipynb #d1b9e43e
-def check_pictures(X, sides=(96,)):
+def check_pictures(X: np.ndarray, sides: tuple[int, ...] | list[int] = (96,)) -> None:
     """Refuse what is no array of pictures.
 
     Parameters
@@ -40,7 +40,7 @@ def check_pictures(X, sides=(96,)):
         raise ValueError("X has shape {}; {}.".format(X.shape, wanted))
 
 # %% ../nbs/12_submission_model.ipynb #cd14d33c
-def resize_pictures(images, matrix):
+def resize_pictures(images: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     """Resize square pictures by a matrix, to the bit as OpenCV's Lanczos filter does.
 
     Parameters
@@ -59,7 +59,7 @@ def resize_pictures(images, matrix):
     return np.clip(np.floor(both / 2.0**22 + 0.5), 0, 255).astype(np.uint8)
 
 # %% ../nbs/12_submission_model.ipynb #014f6f82
-def blurred_grey(images, kernel):
+def blurred_grey(images: np.ndarray, kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Grey pictures, and the same blurred, as OpenCV makes them.
 
     Parameters
@@ -81,12 +81,17 @@ def blurred_grey(images, kernel):
         blurred = sum(int(share) * np.take(wide, range(i, i + side), axis) for i, share in enumerate(kernel))
     return grey, (blurred + 2**15) >> 16
 
-def otsu_threshold(grey):
+def otsu_threshold(grey: np.ndarray) -> int:
     """The grey value that parts a picture best into a dark and a bright share (Otsu 1979), as OpenCV finds it.
 
     Parameters
     ----------
-    grey : ndarray of int, 0..255
+    grey : ndarray of int, any shape, 0..255
+
+    Returns
+    -------
+    int
+        0..255, the brightest level of the dark share.
     """
     share = np.bincount(grey.ravel(), minlength=256) / grey.size
     dark, moment = np.cumsum(share), np.cumsum(share * np.arange(256))
@@ -96,7 +101,7 @@ def otsu_threshold(grey):
     return int(apart.argmax())
 
 # %% ../nbs/12_submission_model.ipynb #7e132f9a
-def label_pieces(mask):
+def label_pieces(mask: np.ndarray) -> np.ndarray:
     """Number the connected pieces (eight neighbours) of a mask.
 
     Parameters
@@ -121,7 +126,7 @@ def label_pieces(mask):
             return np.where(inside, labels, -1)[1:-1, 1:-1]
         labels = least
 
-def nearest_piece(mask):
+def nearest_piece(mask: np.ndarray) -> np.ndarray:
     """Of a mask (height, width) the piece nearest to the middle; specks below 0.5 % of the picture count only where there is nothing else."""
     labels = label_pieces(mask)
     numbers, areas = np.unique(labels[mask], return_counts=True)
@@ -133,7 +138,7 @@ def nearest_piece(mask):
     return labels == min(large, key=lambda n: distance[labels == n].min())
 
 # %% ../nbs/12_submission_model.ipynb #ac917ee3
-def whiten_background(images, kernel, center=False):
+def whiten_background(images: np.ndarray, kernel: np.ndarray, center: bool = False) -> np.ndarray:
     """Paint white what is no stained cell.
 
     Parameters
@@ -158,14 +163,28 @@ def whiten_background(images, kernel, center=False):
     return painted
 
 # %% ../nbs/12_submission_model.ipynb #f8631dcd
-def view(images, turns, mirrored):
-    """Pictures (n, side, side, 3), mirrored left to right if asked, then turned so many times by 90 degrees."""
+def view(images: np.ndarray, turns: int, mirrored: bool) -> np.ndarray:
+    """Pictures mirrored and turned.
+
+    Parameters
+    ----------
+    images : ndarray, shape (n, side, side, 3)
+    turns : int
+        Quarter turns, counter-clockwise.
+    mirrored : bool
+        Left to right, before the turns.
+
+    Returns
+    -------
+    ndarray, shape (n, side, side, 3)
+        Shares its memory with `images`.
+    """
     return np.rot90(images[:, :, ::-1] if mirrored else images, turns, axes=(1, 2))
 
 # %% ../nbs/12_submission_model.ipynb #e5ef3934
 BATCH = 128
 
-def build_network(shape, steps, arrays):
+def build_network(shape: tuple[int, ...] | list[int], steps: list[dict], arrays: dict[str, np.ndarray]) -> object:
     """A network from its list of layers.
 
     Parameters
@@ -174,7 +193,7 @@ def build_network(shape, steps, arrays):
         Of one input: (side, side, 3) for pictures.
     steps : list of dict
         `layer` (a name in keras.layers), `config` (its arguments), `inputs` (numbers of earlier steps, from 1; 0 for the input).
-    arrays : mapping of str to ndarray
+    arrays : dict of str to ndarray
         Weights of step i: "i/0", "i/1", ...
 
     Returns
@@ -198,7 +217,7 @@ def build_network(shape, steps, arrays):
     return keras.Model(results[0], results[-1])
 
 # %% ../nbs/12_submission_model.ipynb #0db4785e
-def load_network(folder, entry):
+def load_network(folder: Path, entry: dict) -> tuple[object, dict[str, np.ndarray]]:
     """A network, by Keras or by ONNX Runtime.
 
     Parameters
@@ -250,11 +269,11 @@ class Member:
         Its entry in `settings.json`; errors as of `load_network`.
     """
 
-    def __init__(self, folder, entry):
+    def __init__(self, folder: Path, entry: dict):
         self.side, self.background, self.views = entry["shape"][0], entry["background"], entry["views"]
         self.network, self.arrays = load_network(folder, entry)
 
-    def prepare(self, images):
+    def prepare(self, images: np.ndarray) -> np.ndarray:
         """Pictures uint8 (n, 96, 96, 3), or of the network's own size, as the network knows them."""
         if images.shape[1] != self.side:
             images = resize_pictures(images, self.arrays["resize"])
@@ -262,14 +281,14 @@ class Member:
             images = whiten_background(images, self.arrays["blur"], self.background == "center")
         return images
 
-    def y_prob(self, images):
+    def y_prob(self, images: np.ndarray) -> np.ndarray:
         """Probabilities float64 (n, n_classes), the mean over the views, of pictures uint8 (n, side, side, 3)."""
         prepared = self.prepare(images)
         said = [self.network(np.ascontiguousarray(view(prepared, *one), dtype=np.float32)) for one in self.views]
         return np.mean(said, axis=0, dtype=np.float64)
 
 # %% ../nbs/12_submission_model.ipynb #573d290f
-def combine(y_prob, combination):
+def combine(y_prob: np.ndarray, combination: dict) -> np.ndarray:
     """An ensemble's probabilities.
 
     Parameters
@@ -310,7 +329,7 @@ class Model:
         own = {member.side for member in self.members}
         self.sides = sorted({96} | (own if len(own) == 1 else set()))
 
-    def predict_proba(self, X):
+    def predict_proba(self, X: np.ndarray) -> np.ndarray:
         """Probabilities float32 (n, n_classes) of pictures uint8 (n, 96, 96, 3)."""
         check_pictures(X, self.sides)
         y_prob = np.zeros((len(X), len(self.class_names)), np.float32)
@@ -319,6 +338,6 @@ class Model:
             y_prob[start : start + BATCH] = combine(said, self.combination)
         return y_prob
 
-    def predict(self, X):
+    def predict(self, X: np.ndarray) -> np.ndarray:
         """Labels int64 (n,), positions in the course's order of classes, of pictures uint8 (n, 96, 96, 3)."""
         return self.predict_proba(X).argmax(axis=1).astype(np.int64)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import keras
 import matplotlib.pyplot as plt
@@ -123,7 +124,7 @@ class KerasCVBatches(keras.utils.PyDataset):
 # %% ../nbs/05_training.ipynb #108b691e
 _COUNTED = re.compile(r"(last|after layer|after conv) (\d+)")
 
-def parse_unfreeze(value) -> float | str:
+def parse_unfreeze(value: float | str) -> float | str:
     """Which of a backbone's layers learn, as a recipe or a command line says it.
 
     Parameters
@@ -320,6 +321,7 @@ class StopOnNaN(keras.callbacks.Callback):
         self.epoch = epoch
 
     def on_train_batch_end(self, batch, logs=None):
+        """FloatingPointError if the loss is not finite."""
         if not np.isfinite(logs["loss"]):
             rate = float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
             raise FloatingPointError(f"the loss became {logs['loss']} in epoch {self.epoch + 1}, batch {batch + 1}, at learning rate {rate:g}; "
@@ -447,6 +449,13 @@ def check_plan(plan: TrainingPlan, stop_after: tuple[int, int] | None = None) ->
 # %% ../nbs/05_training.ipynb #c62f1459
 def check_model(model: keras.Model, images: np.ndarray, plan: TrainingPlan) -> None:
     """Refuse a model that a plan cannot be carried out with, before the first epoch rather than after the first phase.
+
+    Parameters
+    ----------
+    model : keras.Model
+    images : ndarray, shape (n, height, width, 3)
+        Only their shape counts.
+    plan : TrainingPlan
 
     Raises
     ------
@@ -605,7 +614,7 @@ def _remaining(phases: list[_Phase], saver: Checkpoint, table: EpochTable) -> li
 # %% ../nbs/05_training.ipynb #cb9c0a50
 def train_classifier(model: keras.Model, train: CellImages, val: CellImages | None, plan: TrainingPlan | None = None, *, checkpoint: str | Path | None = None,
                      cache: str | Path | None = None, stop_after: tuple[int, int] | None = None, callbacks: Callable[[str], list] | None = None,
-                     devices: int | str = 1, verbose: bool = True, **choices) -> pd.DataFrame:
+                     devices: int | str = 1, verbose: bool = True, **choices: Any) -> pd.DataFrame:
     """Train a classifier in two phases, in place: the head on a resting backbone, then the backbone's last layers too.
 
     Parameters

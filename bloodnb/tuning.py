@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ __all__ = ['KINDS', 'SPACES', 'FIXED', 'POINTS', 'SAMPLERS', 'PRUNERS', 'OBJECTI
 KINDS = ("float", "int", "choice")
 @dataclass(frozen=True)
 class Dimension:
-    """One thing that a search varies.
+    """One thing that a search varies. ValueError for a kind, range, step or choices that cannot be.
 
     Attributes
     ----------
@@ -229,7 +229,8 @@ def _own_dimensions(parts: Sequence[str]) -> tuple[Dimension, ...]:
     parts_of_head = {name: made.pop(name) for name in _HEAD_PARTS if name in made}
     layers = made.pop("head_layers", None)
     if (layers is None) != ("head_units" not in parts_of_head) or (parts_of_head and layers is None):
-        raise ValueError("a head in parts wants both, e.g. head_layers=1..2;head_units=64..512/64")
+        got = ", ".join([*(["head_layers"] if layers else []), *parts_of_head])
+        raise ValueError(f"of a head in parts the space has {got}; wanted head_layers and head_units, e.g. head_layers=1..2;head_units=64..512/64")
     return (*made.values(), *(_layers(layers, **parts_of_head) if layers else ()))
 
 # %% ../nbs/11_tuning.ipynb #379649a9
@@ -345,8 +346,28 @@ def grid_size(space: Space) -> int:
         counts = grown
     return sum(counts.values())
 
+# %% ../nbs/11_tuning.ipynb #a5d8342e
 def grid(space: Space, seed: int = 0, limit: int = 100_000) -> list[dict[str, Any]]:
-    """Every combination of a space's values once, shuffled by the seed; ValueError if there are more than `limit`."""
+    """Every combination of a space's values once.
+
+    Parameters
+    ----------
+    space : Space
+    seed : int
+        Of their order.
+    limit : int
+        Most combinations.
+
+    Returns
+    -------
+    list of dict
+        Values by name; only those of dimensions that are there.
+
+    Raises
+    ------
+    ValueError
+        If there are more than `limit`.
+    """
     if (n := grid_size(space)) > limit:
         raise ValueError(f"the grid has {n:,} combinations; wanted at most {limit:,}. Remedy: fewer dimensions or larger steps, or -p sampler random.")
     found: list[dict[str, Any]] = [{}]
@@ -597,7 +618,7 @@ class Claims(_Register):
 
 # %% ../nbs/11_tuning.ipynb #f6abfa39
 @contextlib.contextmanager
-def held(claims: Claims, number: int):
+def held(claims: Claims, number: int) -> Iterator[None]:
     """Give signs of life while a number that was taken is worked on, and let it go at the end."""
     over = threading.Event()
     thread = threading.Thread(target=claims._keep, args=(number, over), daemon=True)
@@ -610,7 +631,7 @@ def held(claims: Claims, number: int):
         claims.remove(number)
 
 @contextlib.contextmanager
-def locked(claims: Claims):
+def locked(claims: Claims) -> Iterator[None]:
     """Be the only process that makes the study, or trials in it."""
     while not claims.take(_LOCK):
         time.sleep(0.1)
@@ -780,7 +801,16 @@ def best_trial(table: pd.DataFrame, direction: str = "maximize") -> pd.Series:
     return done.loc[done["value"].idxmax() if direction == "maximize" else done["value"].idxmin()]
 
 def leaders(table: pd.DataFrame, direction: str = "maximize", n: int = 5) -> pd.DataFrame:
-    """The best n trials that ran to their end, best first, rounded to show."""
+    """The best trials that ran to their end, best first, rounded to show.
+
+    Parameters
+    ----------
+    table : DataFrame
+        See `trial_table`.
+    direction : {"maximize", "minimize"}
+    n : int
+        At most so many.
+    """
     done = table[table["state"] == "complete"].drop(columns=["state", "error", "n", "seconds"])
     return done.sort_values("value", ascending=direction == "minimize", kind="stable").head(n).set_index("trial").astype(object).map(_shown)
 
@@ -788,7 +818,16 @@ def _shown(value: Any) -> Any:
     return "" if pd.isna(value) else float(f"{value:.4g}") if isinstance(value, float) else value
 
 def trial_line(table: pd.DataFrame, number: int, direction: str) -> str:
-    """What came of a trial, in a line."""
+    """What came of a trial, in a line.
+
+    Parameters
+    ----------
+    table : DataFrame
+        See `trial_table`.
+    number : int
+        Of the trial, its row.
+    direction : {"maximize", "minimize"}
+    """
     row = table.iloc[number]
     came = f"{row['value']:.4f}" if row["state"] == "complete" else f"{row['state']}{' ' + row['error'][:80] if row['error'] else f' after {row.epochs:.0f} epochs'}"
     best = best_trial(table, direction) if (table["state"] == "complete").any() else None
@@ -926,9 +965,21 @@ def plot_search(table: pd.DataFrame, label: str = "value", direction: str = "max
 
 # %% ../nbs/11_tuning.ipynb #668b2e5e
 def importances(table: pd.DataFrame, space: Space, seed: int = 0) -> dict[str, float]:
-    """How much of the values' variance each dimension explains, by fANOVA, the largest first; 0..1.
+    """How much of the values' variance each dimension explains, by fANOVA (Hutter et al. 2014, PMLR 32:754-762).
 
-    Dimensions that not all trials have, such as a second layer's, are left out. With fewer than four finished trials, or none that differ, empty.
+    Parameters
+    ----------
+    table : DataFrame
+        See `trial_table`.
+    space : Space
+    seed : int
+        Of fANOVA's forest.
+
+    Returns
+    -------
+    dict of str to float
+        0..1, the largest first. Dimensions that not all trials have, such as a second layer's, are left out. With fewer than four finished
+        trials, or none that differ, empty.
     """
     optuna = _optuna()
     done = table[table["state"] == "complete"]
@@ -942,6 +993,7 @@ def importances(table: pd.DataFrame, space: Space, seed: int = 0) -> dict[str, f
     found = optuna.importance.get_param_importances(study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=seed)) if kinds else {}
     return {name: float(share) for name, share in found.items()}
 
+# %% ../nbs/11_tuning.ipynb #839321ea
 def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
@@ -992,8 +1044,18 @@ def _slice(ax: Axes, table: pd.DataFrame, one: Dimension):
     ax.tick_params(labelsize=7)
     return ax.scatter(x[done], rows["value"][done], c=rows["trial"][done], s=16, **limits)
 
+# %% ../nbs/11_tuning.ipynb #d2fc695c
 def plot_slices(table: pd.DataFrame, space: Space, label: str = "value") -> Figure:
-    """Each dimension by itself: values of the trials that had it, the later the lighter; crosses are pruned ones, at their last epoch."""
+    """Each dimension by itself: values of the trials that had it, the later the lighter; crosses are pruned ones, at their last epoch.
+
+    Parameters
+    ----------
+    table : DataFrame
+        See `trial_table`.
+    space : Space
+    label : str
+        Of the value.
+    """
     n = len(space.dimensions)
     columns = min(4, n)
     rows = -(-n // columns)
@@ -1038,19 +1100,44 @@ def best_parameters(row: pd.Series, space: Space, recipe: Recipe, given: Mapping
     kept = {name: value for name, value in given.items() if value is not None}
     return {**kept, "seed": recipe.seed, "validation": OBJECTIVES[objective].validation, **choices_of(values_of(row, space), recipe)}
 
+# %% ../nbs/11_tuning.ipynb #5a327dca
 def train_command(parameters: Mapping[str, Any]) -> str:
     """A command line that trains with these parameters."""
     words = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
     return shlex.join(["papermill", "nbs/train.ipynb", "out.ipynb", *words])
 
 def write_best(path: str | Path, parameters: Mapping[str, Any], heading: str = "") -> None:
-    """Write parameters as YAML, for papermill's -f; the heading as a comment."""
+    """Write parameters as YAML, for papermill's -f.
+
+    Parameters
+    ----------
+    path : path
+        Replaced if it is there.
+    parameters : mapping
+        Values by name.
+    heading : str
+        Lines of a comment above them.
+    """
     comment = "".join(f"# {line}\n" for line in heading.splitlines())
     Path(path).write_text(comment + yaml.safe_dump(dict(parameters), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 # %% ../nbs/11_tuning.ipynb #9aa68e07
 def check_search(plan: SearchPlan, recipe: Recipe, storage: str | Path | None = None, study: str = STUDY) -> Space:
-    """Everything that can be wrong with a search's settings, before data is read; gives its space.
+    """Everything that can be wrong with a search's settings, before data is read.
+
+    Parameters
+    ----------
+    plan : SearchPlan
+    recipe : Recipe
+        Of the trials, but for the values that are searched.
+    storage : str or path, optional
+        See `storage_url`; an address with a password is refused.
+    study : str
+        Its name, 1 to 200 letters.
+
+    Returns
+    -------
+    Space
 
     Raises
     ------
@@ -1071,8 +1158,26 @@ def check_search(plan: SearchPlan, recipe: Recipe, storage: str | Path | None = 
         raise ValueError("val_fraction is 0, so there are no pictures to judge trials by; wanted more.")
     return space
 
+# %% ../nbs/11_tuning.ipynb #a4dcaa02
 def search_metrics(table: pd.DataFrame, objective: str, parameters: Mapping[str, Any], shares: Mapping[str, float]) -> dict[str, Any]:
-    """What `metrics.json` of a search holds: the best value with its 95 % interval, its parameters, counts of trials, and importances."""
+    """What `metrics.json` of a search holds: the best value with its 95 % interval, its parameters, counts of trials, and importances.
+
+    Parameters
+    ----------
+    table : DataFrame
+        See `trial_table`.
+    objective : str
+        Key of `OBJECTIVES`.
+    parameters : mapping
+        Of the best trial, as train.ipynb takes them.
+    shares : mapping of str to float
+        See `importances`.
+
+    Returns
+    -------
+    dict
+        Ready for JSON.
+    """
     row = best_trial(table, OBJECTIVES[objective].direction)
     interval = None if row["low"] is None or pd.isna(row["low"]) else [float(row["low"]), float(row["high"])]
     return {"part": "val", "objective": objective, "value": float(row["value"]), "confidence_interval": interval, "n": None if pd.isna(row["n"]) else int(row["n"]),

@@ -235,7 +235,21 @@ os.execv(sys.argv[2], sys.argv[2:])"""
 _PAPERMILL = "import sys; del sys.argv[0]; sys.modules['rfc3987_syntax'] = None; from papermill.__main__ import papermill; papermill()"
 
 def papermill_command(task: Task, output: str | Path, notebook: str | Path) -> list[str]:
-    """The words that run a task's notebook into the folder `output`, and write what is executed to `notebook`."""
+    """The words that run a task's notebook.
+
+    Parameters
+    ----------
+    task : Task
+    output : path
+        Folder that the run is to make.
+    notebook : path
+        Where the executed notebook is written.
+
+    Returns
+    -------
+    list of str
+        For `subprocess`, this Python first.
+    """
     given = yaml.safe_dump({**task.parameters, "output": str(output)}, default_flow_style=True, allow_unicode=True, width=2**30, sort_keys=False)
     return [sys.executable, "-c", _PAPERMILL, "papermill", task.notebook, str(notebook), "--no-progress-bar", "--autosave-cell-every", "5", "--parameters_yaml", given.strip()]
 

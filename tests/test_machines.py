@@ -55,7 +55,7 @@ def well(monkeypatch, tmp_path):
     """A machine without faults but those that a test makes; TensorFlow is not started for each."""
     monkeypatch.setattr(machines, "ask_backend", lambda: {"keras": "3.10.0", "backend": "tensorflow", "version": "2.19.0", "accelerators": [], "cuda": True})
     monkeypatch.setattr(machines, "nvidia_driver", lambda: (False, None))
-    monkeypatch.setattr(machines, "unreachable", lambda url, seconds=3: None)
+    monkeypatch.setattr(machines, "unreachable", lambda url, timeout=3: None)
     monkeypatch.setattr(machines, "free_disk", lambda folders: dict.fromkeys(folders, 50 * machines.GIB))
     monkeypatch.setattr(machines, "memory_limit", lambda: (8 * machines.GIB, 8 * machines.GIB))
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=16 * machines.GIB, available=16 * machines.GIB))
@@ -98,7 +98,7 @@ FAULTS = {
 def hanging(name: str):
     """`run_check` with one check that sleeps."""
     true = machines.run_check
-    return lambda asked, check: true(asked, lambda: time.sleep(60), seconds=0.1) if asked == name else true(asked, check)
+    return lambda asked, check: true(asked, lambda: time.sleep(60), timeout=0.1) if asked == name else true(asked, check)
 
 
 def test_doctor_finds_nothing_where_nothing_is_wrong(well, capsys):
