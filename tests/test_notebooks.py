@@ -37,8 +37,9 @@ def run_nbdev_test(notebook: str, flags: str = "") -> int:
     return int(not passed)
 
 
-@pytest.mark.parametrize("notebook", executed_notebooks())
-def test_notebook(notebook, flags=""):
+@pytest.mark.parametrize(("notebook", "flags"), [pytest.param(name, "slow" * ("tutorials/" in name), id=name) for name in executed_notebooks()])
+def test_notebook(notebook, flags):
+    """As the command does it, but tutorials to their end."""
     run = forks.call(run_nbdev_test, notebook, flags)
     if run.returncode:
         print(run.stdout, run.stderr)
@@ -46,9 +47,9 @@ def test_notebook(notebook, flags=""):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("notebook", [name for name in executed_notebooks() if has_slow_cells(name)])
+@pytest.mark.parametrize("notebook", [name for name in executed_notebooks() if has_slow_cells(name) and "tutorials/" not in name])
 def test_notebook_with_its_slow_cells(notebook):
-    test_notebook(notebook, flags="slow")
+    test_notebook(notebook, "slow")
 
 
 def test_the_command_itself():
