@@ -11,7 +11,7 @@ export TF_CPP_MIN_LOG_LEVEL := 3
 help:  ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | while IFS='|' read -r target what; do printf 'make %-12s %s\n' "$$target" "$$what"; done
 
-demo: .venv/installed  ## set up, then train on drawn cells: offline, two to three minutes once set up
+demo: .venv/installed  ## set up, then train on drawn cells: offline, one to two minutes once set up
 	@mkdir -p _runs
 	@$(BIN)/papermill nbs/train.ipynb _runs/demo.ipynb $(DEMO_PARAMETERS)
 	@echo 'executed notebook: _runs/demo.ipynb'
