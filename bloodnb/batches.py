@@ -445,8 +445,9 @@ def plan_batch(batch: Batch, jobs: int | None = None, threads: int | None = None
     jobs = min(jobs or batch.jobs, len(set(batch.ids)))
     threads = batch.threads if threads is None else threads
     if threads is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = 0 if jobs == 1 else max(1, cores // jobs)
+        from bloodnb.machines import cpu_cores
+
+        threads = 0 if jobs == 1 else max(1, int(cpu_cores()) // jobs)
     store = batch.output if "://" in batch.output else str(Path(batch.output).absolute())
     shared = {"store": store, "threads": threads, "retries": batch.retries, "num_gpus": batch.num_gpus, "num_cpus": batch.num_cpus, "folder": str(Path.cwd())}
     notebook = str(find_job(batch.job))

@@ -227,8 +227,12 @@ def class_weights(labels: np.ndarray, n_classes: int = 8) -> np.ndarray:
 # %% ../nbs/05_training.ipynb #de1a8d4f
 _COLUMNS = ("phase", "epoch", "loss", "accuracy", "val_loss", "val_accuracy", "learning_rate", "seconds")
 
-def _cell(value) -> str:
-    return value if isinstance(value, str) else f"{value:d}" if isinstance(value, int) else f"{value:.3g}" if abs(value) < 1e-2 else f"{value:.4f}"
+def _cell(row: dict, key: str) -> str:
+    "An entry of the table; none where a row has none."
+    value = row.get(key, "")
+    if isinstance(value, str | int):
+        return str(value)
+    return f"{value:.1f}" if key == "seconds" else f"{value:.3g}" if abs(value) < 1e-2 else f"{value:.4f}"
 
 def _in_notebook() -> bool:
     try:
@@ -249,7 +253,7 @@ class _Panel:
             return
         if not self.notebook:
             if new_row:
-                print("  ".join(f"{key} {_cell(rows[-1][key])}" for key in _COLUMNS if key in rows[-1]), flush=True)
+                print("  ".join(f"{key} {_cell(rows[-1], key)}" for key in _COLUMNS if key in rows[-1]), flush=True)
             return
         from IPython.display import display
 
@@ -263,14 +267,14 @@ class _Panel:
 # %% ../nbs/05_training.ipynb #efb6aaa0
 def _table_text(rows: list[dict], status: str) -> str:
     head = "  ".join(f"{name:>13}" for name in _COLUMNS)
-    body = ["  ".join(f"{_cell(row[key]) if key in row else '':>13}" for key in _COLUMNS) for row in rows]
+    body = ["  ".join(f"{_cell(row, key):>13}" for key in _COLUMNS) for row in rows]
     return "\n".join([head, *body, status])
 
 def _table_html(rows: list[dict], status: str, done: float | None) -> str:
     head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in _COLUMNS)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(_cell(row[key])) if key in row else ''}</td>" for key in _COLUMNS) + "</tr>" for row in rows)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(_cell(row, key))}</td>" for key in _COLUMNS) + "</tr>" for row in rows)
     bar = "" if done is None else f'<progress value="{done:.3f}" max="1" style="width:16em"></progress> '
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{bar}{html.escape(status)}</p>"
+    return f"<table class='dataframe'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{bar}{html.escape(status)}</p>"
 
 # %% ../nbs/05_training.ipynb #3fd5065c
 class EpochTable(keras.callbacks.Callback):

@@ -492,7 +492,7 @@ def storage_url(storage: str | Path) -> str:
     Raises
     ------
     ValueError
-        If the address cannot be meant, or the driver of its database is not installed.
+        If the address cannot be meant, the driver of its database is not installed, or the database cannot be read.
     """
     _optuna()
     import sqlalchemy
@@ -500,13 +500,19 @@ def storage_url(storage: str | Path) -> str:
     text = str(storage)
     url = text if "://" in text else f"sqlite:///{Path(text).absolute()}"
     try:
-        sqlalchemy.create_engine(url).dispose()
+        engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.pool.NullPool)
     except (sqlalchemy.exc.ArgumentError, ImportError, ValueError) as error:  # NoSuchModuleError is an ArgumentError
         raise ValueError(f"storage is {hidden(text)!r}: {str(error).splitlines()[0]}. Wanted the path of a file, or a URL such as sqlite:///study.db or "
                          "postgresql+psycopg2://user:password@host/database, with its driver installed.") from None
     path = sqlalchemy.make_url(url).database
     if url.startswith("sqlite") and path and not Path(path).parent.is_dir():
         raise ValueError(f"storage is {text!r}: there is no folder {Path(path).parent}. Wanted a file in a folder that is there.")
+    if not url.startswith("sqlite") or (path and Path(path).exists()):
+        try:
+            sqlalchemy.inspect(engine).get_table_names()
+        except sqlalchemy.exc.DBAPIError as error:
+            raise ValueError(f"storage is {hidden(text)!r}: {str(error.orig).splitlines()[0]}. Wanted a database that can be read: is it one, is its server on, "
+                             "are name and password right?") from None
     return url
 
 def hidden(url: str | Path) -> str:

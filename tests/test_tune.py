@@ -140,6 +140,7 @@ def test_another_study_of_the_same_name_is_refused(unbroken):
     ("overwrite is 'false'", {"overwrite": "false"}),
     ("there is no folder", {"storage": "sqlite:///nowhere/study.db"}),
     ("with its driver installed", {"storage": "nosql://host/base"}),
+    ("file is not a database", {"storage": str(Path(__file__))}),
     ("unknown parameter 'validation'", {"validation": "clean"}),
 ])
 def test_wrong_settings_are_refused_before_data_is_read(tmp_path, monkeypatch, wanted, given):
