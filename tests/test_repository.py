@@ -235,3 +235,9 @@ def test_library_needs_no_notebook_tools():
         imported = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names} | {n.module or "" for n in nodes if isinstance(n, ast.ImportFrom)}
         used = {name.split(".")[0] for name in imported} & tools
         assert not used, f"{path.name} imports {sorted(used)}: the library must run without notebook tools"
+
+
+def test_tests_of_a_file_stay_together(request):
+    """Where two processes divide the tests: else what is dear to make is made in both (see requirements.lock's pytest in pyproject.toml)."""
+    name = request.node.nodeid
+    assert name.endswith("@test_repository") or not request.config.getoption("loadgroup", False), f"{name}: pytest-xdist has not put it into its file's group"
