@@ -477,7 +477,7 @@ def _append(url: str, part: Path, timeout: float) -> None:
 
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    with urllib.request.urlopen(request, timeout=timeout) as answer:
+    with urllib.request.build_opener().open(request, timeout=timeout) as answer:  # proxies as they are now
         resumed = answer.status == 206
         total = int(answer.headers.get("Content-Length") or 0) + have * resumed
         with part.open("ab" if resumed else "wb") as file, tqdm(

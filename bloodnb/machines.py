@@ -478,7 +478,7 @@ def unreachable(url: str, timeout: float = 3) -> str | None:
 
     def ask() -> None:
         try:
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=timeout).close()
+            urllib.request.build_opener().open(urllib.request.Request(url, method="HEAD"), timeout=timeout).close()  # proxies as they are now
             reasons.append("")
         except urllib.error.HTTPError:
             reasons.append("")  # it answered

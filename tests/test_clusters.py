@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from urllib.request import urlopen
+from urllib.request import build_opener
 
 import psutil
 import pytest
@@ -111,7 +111,7 @@ def s3():
 
             def answers():
                 with contextlib.suppress(OSError):
-                    return urlopen(f"{settings['AWS_ENDPOINT_URL']}/moto-api/", timeout=5).status == 200
+                    return build_opener().open(f"{settings['AWS_ENDPOINT_URL']}/moto-api/", timeout=5).status == 200
 
             until(answers)
             boto3.client("s3").create_bucket(Bucket="results")

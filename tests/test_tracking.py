@@ -36,7 +36,7 @@ def server(tmp_path_factory):
         address, end = f"http://127.0.0.1:{port}", time.monotonic() + 240
         while True:
             try:
-                assert urllib.request.urlopen(f"{address}/health", timeout=5).read() == b"OK"
+                assert urllib.request.build_opener().open(f"{address}/health", timeout=5).read() == b"OK"
                 break
             except OSError:
                 assert process.poll() is None and time.monotonic() < end, (folder / "log").read_text()[-3000:]
